@@ -1,0 +1,38 @@
+# Every target prepares what it needs: a virtual environment in .venv with the tested versions.
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+READY := $(VENV)/.installed
+
+.PHONY: help demo test test-all lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      train InternVL through its stages on the embedded data (runs/demo)"
+	@echo "make test      the tests"
+	@echo "make test-all  the tests, slow ones included"
+	@echo "make lint      style checks"
+	@echo "make clean     remove the virtual environment and build outputs; keeps runs/"
+
+demo: $(READY)
+	$(VENV)/bin/internvl-jax demo --workdir=runs/demo
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest -q
+
+test-all: $(READY)
+	$(VENV)/bin/python -m pytest -q -m "slow or not slow"
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+
+$(READY): setup.py pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: needs Python 3.11 or newer on the PATH" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint=constraints.txt --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,61 @@
+"""The package internvl_jax: dependencies, extras, and the command line's entry point.
+
+Dependencies carry lower bounds only; constraints.txt holds the exact versions that were tested.
+The top-level folder configs/ is installed as the package internvl_jax.configs, so that
+`--config=stage1_contrastive` works after a pip install as it does in a checkout.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "jax>=0.10",
+    "flax>=0.12.8",
+    "numpy>=2.0",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12",
+    "grain>=0.2.18",
+    "ml-collections>=1.0",
+    "sentencepiece>=0.2",
+    "pillow>=11",
+    "safetensors>=0.5",
+    "tensorboard>=2.19",  # its summary writer needs no TensorFlow
+    "tqdm>=4.66",
+]
+DATA = [
+    "tensorflow-datasets>=4.9.8",
+    "importlib_resources",  # tensorflow-datasets imports it without declaring it
+]
+EVAL = ["scikit-learn>=1.5"]
+DEMO = ["scikit-learn>=1.5"]  # ships the handwritten digits
+DEV = [
+    "pytest>=8",
+    "ruff>=0.8",
+    "setuptools>=77",  # builds the wheel that tests/packaging_test.py inspects
+]
+
+setup(
+    name="internvl-jax",
+    version="0.1.0",
+    description="InternVL in JAX: contrastive, generative and instruction training on TPU pods",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["internvl_jax", "internvl_jax.*"]), "internvl_jax.configs"],
+    package_dir={"internvl_jax.configs": "configs"},
+    package_data={"internvl_jax": ["assets/**"]},
+    install_requires=CORE,
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda13]>=0.10"],
+        "torch": ["torch>=2.6"],  # only to read and write pickled PyTorch checkpoints
+        "data": DATA,
+        "eval": EVAL,
+        "demo": DEMO,
+        "dev": [*DATA, *EVAL, *DEMO, *DEV],
+    },
+    entry_points={"console_scripts": ["internvl-jax = internvl_jax.cli:main"]},
+)
