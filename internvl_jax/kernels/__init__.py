@@ -1,0 +1,29 @@
+"""Attention behind one function, with masks as small values."""
+
+from internvl_jax.kernels.attention import attention
+from internvl_jax.kernels.masks import (
+    ITC,
+    ITG,
+    ITM,
+    Causal,
+    Full,
+    Keys,
+    Mask,
+    Middleware,
+    Prefix,
+    Separate,
+)
+
+__all__ = [
+    "ITC",
+    "ITG",
+    "ITM",
+    "Causal",
+    "Full",
+    "Keys",
+    "Mask",
+    "Middleware",
+    "Prefix",
+    "Separate",
+    "attention",
+]

@@ -1,0 +1,27 @@
+"""InternViT, LLaMA, QLLaMA, InternVL-C, InternVL-G and InternVL-Chat."""
+
+from internvl_jax.models.config import (
+    ChatConfig,
+    InternVLConfig,
+    LanguageModelConfig,
+    LlamaConfig,
+    LoraConfig,
+    ModelConfig,
+    ViTConfig,
+    from_dict,
+)
+from internvl_jax.models.init import abstract, bind, create
+
+__all__ = [
+    "ChatConfig",
+    "InternVLConfig",
+    "LanguageModelConfig",
+    "LlamaConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "ViTConfig",
+    "abstract",
+    "bind",
+    "create",
+    "from_dict",
+]

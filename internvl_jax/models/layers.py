@@ -1,0 +1,175 @@
+"""The layers everything is made of. Parameters carry float32; products run in the input's dtype.
+
+Constructors take the logical names of a weight's axes (`sharding.LOGICAL_AXES`) and create the
+array already sharded. Under `jax.vmap` over keys the same constructors build stacked layers.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from internvl_jax.sharding import spec
+
+INIT_STD = 0.02  # normal initialisation of weights, as in BEiT and LLaMA
+
+
+def normal(key: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float):
+    """A float32 parameter drawn from N(0, std²), sharded by its logical axes."""
+    return nnx.Param(std * jax.random.normal(key, shape, jnp.float32, out_sharding=spec(*axes)))
+
+
+def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...] | None = None):
+    """A float32 parameter filled with one value."""
+    axes = axes if axes is not None else (None,) * len(shape)
+    return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=spec(*axes)))
+
+
+class Linear(nnx.Module):
+    """y = x·kernel (+ bias) over the last axis; kernel is (in, out)."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        key: jax.Array,
+        *,
+        axes: tuple[str | None, str | None] = (None, None),
+        bias: bool = False,
+        std: float = INIT_STD,
+    ):
+        self.kernel = normal(key, (inputs, outputs), axes, std)
+        self.bias = constant(0.0, (outputs,)) if bias else None
+
+    def __call__(self, x: jax.Array, out_axis: str | None = None) -> jax.Array:
+        """[B, …, in] → [B, …, out]; `out_axis` names how the result's last axis is sharded."""
+        out = spec("batch", *(None,) * (x.ndim - 2), out_axis)
+        y = jnp.einsum("b...d,df->b...f", x, self.kernel[...].astype(x.dtype), out_sharding=out)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x · rsqrt(mean(x²) + eps) · scale; statistics in float32, cast back before the scale."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = constant(1.0, (width,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Mean-and-variance normalisation with scale and bias; statistics in float32."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = constant(1.0, (width,))
+        self.bias = constant(0.0, (width,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Embed(nnx.Module):
+    """Token embedding table [V, W], sharded on its width."""
+
+    def __init__(self, vocab_size: int, width: int, key: jax.Array):
+        self.embedding = normal(key, (vocab_size, width), (None, "embed"), INIT_STD)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """int32 [B, T] → [B, T, W]."""
+        out = spec("batch", *(None,) * tokens.ndim)
+        return self.embedding[...].at[tokens].get(out_sharding=out)
+
+
+class Mlp(nnx.Module):
+    """fc1 → exact (erf) GELU → fc2, both with bias."""
+
+    def __init__(
+        self,
+        inputs: int,
+        hidden: int,
+        outputs: int,
+        key: jax.Array,
+        *,
+        axes: tuple[str | None, str | None, str | None] = (None, None, None),
+    ):
+        first, second = jax.random.split(key)
+        self.fc1 = Linear(inputs, hidden, first, axes=axes[:2], bias=True)
+        self.fc2 = Linear(hidden, outputs, second, axes=axes[1:], bias=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class SwiGlu(nnx.Module):
+    """down(silu(gate(x)) ⊙ up(x)), no biases (LLaMA)."""
+
+    def __init__(self, width: int, hidden: int, key: jax.Array):
+        gate, up, down = jax.random.split(key, 3)
+        self.gate = Linear(width, hidden, gate, axes=("embed", "mlp"))
+        self.up = Linear(width, hidden, up, axes=("embed", "mlp"))
+        self.down = Linear(hidden, width, down, axes=("mlp", "embed"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x, "mlp")) * self.up(x, "mlp"))
+
+
+def drop_path(x: jax.Array, rate: jax.Array | float, key: jax.Array | None) -> jax.Array:
+    """Stochastic depth: drop a whole residual branch per example, scale the kept ones by 1/keep.
+
+    `x` is [B, …]; `key` None means evaluation. (timm DropPath semantics.)
+    """
+    if key is None:
+        return x
+    keep = 1.0 - rate
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    out = spec("batch", *(None,) * (x.ndim - 1))
+    kept = jax.random.uniform(key, shape, out_sharding=out) < keep
+    return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
+
+
+def rope(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """Rotary tables cos, sin: float32 [B, T, head_dim] for int32 positions [B, T].
+
+    Frequencies base^(−2j/head_dim), duplicated by concatenation (the rotate-half layout).
+    """
+    frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Apply rotary tables to heads: [B, T, H, D]."""
+    cos, sin = (table[:, :, None, :].astype(x.dtype) for table in tables)
+    low, high = jnp.split(x, 2, axis=-1)
+    return x * cos + jnp.concatenate([-high, low], axis=-1) * sin
+
+
+def stack(build: Any, depth: int, key: jax.Array) -> Any:
+    """Build `depth` layers as one module whose arrays have a leading layer axis."""
+    return jax.vmap(build)(jax.random.split(key, depth))
+
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def remat(body: Any, policy: str) -> Any:
+    """Wrap a scan body in rematerialisation: "none", "dots" (keep products), "full"."""
+    if policy not in REMAT_POLICIES:
+        raise ValueError(f"remat {policy!r}: choose from {list(REMAT_POLICIES)}")
+    if policy == "none":
+        return body
+    return jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[policy])

@@ -1,0 +1,127 @@
+"""The mesh and the one place where logical axis names become partition specs.
+
+Every array axis that may be sharded has a logical name. Weights of the language side are sharded
+over `fsdp` on their width and over `tensor` on heads or MLP; weights of the vision tower only over
+`fsdp`, on their widest axis: InternViT has 25 heads and width 3200 = 2^7 · 25, so neither divides
+usefully, while 9600 = 128 · 75 and 12800 = 128 · 100 do. Vocabulary axes stay whole, since
+49,954 = 2 · 24,977.
+"""
+
+import contextlib
+import math
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ("replica", "fsdp", "tensor")
+
+LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("replica", "fsdp"),
+    "layers": None,
+    "vit_wide": "fsdp",  # the longer axis of each vision weight: 3·width, mlp_dim, width
+    "embed": "fsdp",  # the width of the language side
+    "heads": "tensor",  # query heads × head_dim of the language side
+    "kv_heads": "tensor",  # key/value heads × head_dim
+    "mlp": "tensor",
+}
+
+
+class MeshError(ValueError):
+    """The mesh does not fit the devices, or a model dimension does not divide over it."""
+
+
+class ShardedModel(Protocol):
+    """A model configuration that can list the dimensions which the mesh must divide."""
+
+    def sharded_dimensions(self) -> list[tuple[str, int, str]]: ...
+
+
+def make_mesh(
+    replica: int = 1, fsdp: int = 1, tensor: int = 1, devices: list[Any] | None = None
+) -> Mesh:
+    """Build the (replica, fsdp, tensor) mesh; at most one size may be -1 for "what is left".
+
+    Raises:
+        MeshError: the product of the sizes is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"replica": replica, "fsdp": fsdp, "tensor": tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise MeshError(f"mesh sizes must be positive and at most one of them -1, got {sizes}")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if free and len(devices) % known == 0:
+        sizes[free[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        shape = " × ".join(f"{name} {size}" for name, size in sizes.items())
+        raise MeshError(
+            f"mesh {shape} does not fit {len(devices)} {devices[0].platform} device(s); "
+            "choose sizes whose product is the device count, or set one of them to -1"
+        )
+    return jax.make_mesh(
+        tuple(sizes[a] for a in MESH_AXES),
+        MESH_AXES,
+        axis_types=(AxisType.Explicit,) * 3,
+        devices=devices,
+    )
+
+
+def physical(logical: str | None) -> str | tuple[str, ...] | None:
+    """The mesh axis (or axes) on which a logical axis lies; None for an unsharded axis."""
+    return None if logical is None else LOGICAL_AXES[logical]
+
+
+def spec(*logical: str | None) -> P | None:
+    """Partition spec of an array whose axes have these logical names.
+
+    Returns None outside any mesh, which every JAX function takes as "leave it alone": the same
+    model code then runs unsharded.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return None
+    return P(*(physical(name) for name in logical))
+
+
+def replicate(array: jax.Array) -> jax.Array:
+    """Gather an array onto every device (the all-gather of contrastive features)."""
+    return array if jax.sharding.get_abstract_mesh().empty else jax.reshard(array, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of a batch: the leading axis over replica and fsdp."""
+    return NamedSharding(mesh, P(LOGICAL_AXES["batch"]))
+
+
+def ambient_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Context in which `mesh` is the current mesh, or which changes nothing for None."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def axis_size(mesh: Mesh, logical: str) -> int:
+    """Number of pieces into which `mesh` cuts an axis of this logical name."""
+    axes = LOGICAL_AXES[logical]
+    axes = (axes,) if isinstance(axes, str) else (axes or ())
+    return math.prod(mesh.shape[a] for a in axes)
+
+
+def check_divisible(config: ShardedModel, mesh: Mesh, batch_size: int | None = None) -> None:
+    """Check every sharded dimension of a model, and the batch, against the mesh at once.
+
+    Raises:
+        MeshError: names each dimension that does not divide, its size and the mesh axis.
+    """
+    dimensions = list(config.sharded_dimensions())
+    if batch_size is not None:
+        dimensions.append(("batch_size", batch_size, "batch"))
+    wrong = [
+        f"{name} = {size} over {LOGICAL_AXES[axis]} = {axis_size(mesh, axis)}"
+        for name, size, axis in dimensions
+        if size % axis_size(mesh, axis)
+    ]
+    if wrong:
+        raise MeshError(
+            "these dimensions do not divide over the mesh "
+            f"{dict(mesh.shape)}: {'; '.join(wrong)}. Choose smaller mesh axes that divide them"
+        )
