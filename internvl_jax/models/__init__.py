@@ -8,6 +8,7 @@ from internvl_jax.models.config import (
     LoraConfig,
     ModelConfig,
     ViTConfig,
+    VisionConfig,
     from_dict,
 )
 from internvl_jax.models.init import abstract, bind, create
@@ -20,6 +21,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "ViTConfig",
+    "VisionConfig",
     "abstract",
     "bind",
     "create",

@@ -108,6 +108,17 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """A bare vision tower, as InternViT is published on its own."""
+
+    vit: ViTConfig
+    lora: LoraConfig | None = None
+
+    def sharded_dimensions(self) -> list[tuple[str, int, str]]:
+        return self.vit.sharded_dimensions()
+
+
+@dataclass(frozen=True)
 class LanguageModelConfig:
     """A bare language model (stage 0)."""
 
@@ -188,7 +199,7 @@ class ChatConfig:
         return dimensions + (self.middleware.sharded_dimensions() if self.middleware else [])
 
 
-ModelConfig = InternVLConfig | ChatConfig | LanguageModelConfig
+ModelConfig = InternVLConfig | ChatConfig | LanguageModelConfig | VisionConfig
 
 
 def _require(condition: bool, message: str) -> None:

@@ -19,13 +19,16 @@ from internvl_jax.models.config import (
     InternVLConfig,
     LanguageModelConfig,
     ModelConfig,
+    VisionConfig,
 )
 from internvl_jax.models.internvl import InternVL
+from internvl_jax.models.vit import VisionModel
 
 MODELS: dict[type, type] = {
     InternVLConfig: InternVL,
     ChatConfig: Chat,
     LanguageModelConfig: LanguageModel,
+    VisionConfig: VisionModel,
 }
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from internvl_jax.models.attention import ViTAttention
-from internvl_jax.models.config import ViTConfig
+from internvl_jax.models.config import VisionConfig, ViTConfig
 from internvl_jax.models.layers import (
     INIT_STD,
     LayerNorm,
@@ -171,3 +171,15 @@ class ViT(nnx.Module):
         if hidden_states:
             return x, jnp.concatenate([embedded[None], states])
         return x
+
+
+class VisionModel(nnx.Module):
+    """The vision tower alone; its parameters lie under `vit` as in the larger models."""
+
+    def __init__(self, config: VisionConfig, key: jax.Array):
+        self.config = config
+        self.vit = ViT(config.vit, key)
+
+    def vision(self, pixels: jax.Array) -> jax.Array:
+        """Pixels [B, H, W, 3] → vision tokens [B, 1 + N, D]."""
+        return self.vit(pixels)
