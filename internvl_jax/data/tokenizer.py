@@ -1,0 +1,161 @@
+"""SentencePiece tokenizer with the conventions of the LLaMA family.
+
+Texts become [BOS] pieces [EOS], right-padded with 0. Special ids come from the caller alone:
+a text that spells "</s>" is tokenised letter by letter unless `parse_special` is given.
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import sentencepiece
+
+PAD_ID = 0
+DEFAULT_MODEL = pathlib.Path(__file__).parent.parent / "assets" / "tokenizer.model"
+_CACHE_SIZE = 1 << 16
+
+
+class Tokenizer:
+    """Encodes and decodes text with a SentencePiece model file.
+
+    path: the model file; without it the one shipped with the package.
+    Raises ValueError when the file is missing or is not a SentencePiece model.
+    """
+
+    def __init__(self, path: str | os.PathLike | None = None):
+        self.path = pathlib.Path(path or DEFAULT_MODEL)
+        if not self.path.is_file():
+            raise ValueError(f"no tokenizer model at {self.path}; give a SentencePiece .model file")
+        model = self.path.read_bytes()
+        self.digest = hashlib.sha256(model).hexdigest()
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+            # For text that continues another: without the leading space the model adds. Of two
+            # concatenated protocol buffers the later fields win; this one says
+            # normalizer_spec.add_dummy_prefix = false.
+            self._inner = sentencepiece.SentencePieceProcessor(
+                model_proto=model + b"\x1a\x02\x18\x00"
+            )
+        except RuntimeError as error:
+            raise ValueError(f"{self.path} is not a SentencePiece model: {error}") from None
+        self.vocab_size = self._model.vocab_size()
+        self.unk_id, self.bos_id, self.eos_id = (
+            self._model.unk_id(),
+            self._model.bos_id(),
+            self._model.eos_id(),
+        )
+        pieces = range(self.vocab_size)
+        self._special = {self.unk_id, *(i for i in pieces if self._model.is_control(i))}
+        self._control = self._pattern(i for i in self._special)
+        symbols = _user_defined(model)
+        self._symbols = self._pattern(symbols) if symbols else None
+        self._cached = functools.lru_cache(_CACHE_SIZE)(self._pieces)
+
+    def encode(
+        self,
+        text: str,
+        *,
+        bos: bool = True,
+        eos: bool = False,
+        length: int | None = None,
+        parse_special: bool = False,
+    ) -> list[int]:
+        """Ids of a text, cut to `length`. A cut text keeps its end-of-text id if `eos` is set.
+
+        parse_special: take the model's control symbols and "<unk>" in the text for special ids,
+        each piece between them starting afresh, as the slow HF LlamaTokenizer does. Only for
+        text from a trusted source.
+        """
+        ids = [self.bos_id] if bos else []
+        ids += self._cached(text, parse_special)
+        room = None if length is None else max(0, length - eos)
+        return ids[:room] + ([self.eos_id] if eos and length != 0 else [])
+
+    def encode_batch(
+        self, texts: Sequence[str], length: int, *, bos: bool = True, eos: bool = True
+    ) -> np.ndarray:
+        """Right-padded ids of many texts: int32 [N, length], 0 after the end."""
+        result = np.full((len(texts), length), PAD_ID, np.int32)
+        for row, text in zip(result, texts):
+            ids = self.encode(text, bos=bos, eos=eos, length=length)
+            row[: len(ids)] = ids
+        return result
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids. Special, padding and placeholder ids (negative) are left out."""
+        kept = [int(i) for i in ids if 0 <= i < self.vocab_size and int(i) not in self._special]
+        return self._model.decode(kept)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary entries behind ids."""
+        return [self._model.id_to_piece(int(i)) for i in ids]
+
+    def _pieces(self, text, parse_special):
+        if not parse_special:
+            return tuple(self._plain(text))
+        ids = []
+        position = 0
+        for match in self._control.finditer(text):
+            ids += self._plain(text[position : match.start()])
+            ids.append(self._model.piece_to_id(match.group()))
+            position = match.end()
+        return tuple(ids + self._plain(text[position:]))
+
+    def _plain(self, text):
+        """Ids of text in which nothing is special, not even a user-defined symbol."""
+        if not text:
+            return []
+        ids = self._model.encode(text)
+        if self._symbols is None or not self._symbols.search(text):
+            return ids
+        # The model finds user-defined symbols by itself. Cut inside each, it cannot see them.
+        cuts = [match.start() + 1 for match in self._symbols.finditer(text)]
+        parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+        ids = self._model.encode(parts[0])
+        for part in parts[1:]:
+            ids += self._inner.encode(part)
+        return ids
+
+    def _pattern(self, ids):
+        pieces = sorted((self._model.id_to_piece(i) for i in ids), key=len, reverse=True)
+        return re.compile("|".join(re.escape(piece) for piece in pieces))
+
+
+def _user_defined(model: bytes) -> list[int]:
+    """Ids of the pieces of type USER_DEFINED (4), which the library has no accessor for.
+
+    Field 1 of a model file is the list of pieces, field 3 of a piece its type.
+    """
+    pieces = [value for number, value in _fields(model) if number == 1]
+    return [i for i, piece in enumerate(pieces) if (3, 4) in _fields(piece)]
+
+
+def _fields(message: bytes) -> list[tuple[int, int | bytes]]:
+    """Top-level (field number, value) pairs of a serialised protocol buffer."""
+    fields, position = [], 0
+
+    def varint():
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = message[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while position < len(message):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            value = varint()
+        else:
+            size = {1: 8, 5: 4}.get(kind) or varint()
+            value = message[position : position + size]
+            position += size
+        fields.append((number, value))
+    return fields
