@@ -30,8 +30,8 @@ lint: $(READY)
 $(READY): setup.py pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: needs Python 3.11 or newer on the PATH" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint=constraints.txt --editable ".[dev]"
+	$(VENV)/bin/python -m pip install --quiet --no-compile \
+		--disable-pip-version-check --constraint=constraints.txt --editable ".[dev]"
 	@touch $@
 
 clean:

@@ -19,6 +19,7 @@ CORE = [
     "ml-collections>=1.0",
     "sentencepiece>=0.2",
     "pillow>=11",
+    "ml-dtypes>=0.5",
     "safetensors>=0.5",
     "tensorboard>=2.19",  # its summary writer needs no TensorFlow
     "tqdm>=4.66",
@@ -27,8 +28,8 @@ DATA = [
     "tensorflow-datasets>=4.9.8",
     "importlib_resources",  # tensorflow-datasets imports it without declaring it
 ]
-EVAL = ["scikit-learn>=1.5"]
-DEMO = ["scikit-learn>=1.5"]  # ships the handwritten digits
+EVAL = ["pycocoevalcap>=1.2", "scikit-learn>=1.5"]  # CIDEr; linear probes
+DEMO = [*EVAL]  # scikit-learn also ships the handwritten digits
 DEV = [
     "pytest>=8",
     "ruff>=0.8",
