@@ -178,8 +178,9 @@ def scale_by_rates(
     def update(updates, state, params=None, *, step, **extra):
         del params, extra
         fraction = schedule(step)
-        updates = jax.tree.map(lambda u, m: -u * (m * fraction).astype(u.dtype),
-                               updates, multipliers)
+        updates = jax.tree.map(
+            lambda u, m: -u * (m * fraction).astype(u.dtype), updates, multipliers
+        )
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)

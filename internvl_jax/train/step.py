@@ -46,9 +46,7 @@ def make_train_step(
         )
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = tx.update(
-            gradients, state.opt_state, state.trainable, step=state.step
-        )
+        updates, opt_state = tx.update(gradients, state.opt_state, state.trainable, step=state.step)
         updated = optax.apply_updates(state.trainable, updates)
 
         def keep(new, old):

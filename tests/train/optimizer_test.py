@@ -149,7 +149,7 @@ def test_wrong_settings_are_named():
         optimizer.rate_multipliers(tree, ((".*", 1.0),), (("bert", 0.9),))
     with pytest.raises(ValueError, match="no llm/blocks"):
         optimizer.rate_multipliers(tree, ((".*", 1.0),), (("llm", 0.9),))
-    with pytest.raises(rules.RuleError, match="match no optimizer.learning_rate rule"):
+    with pytest.raises(rules.RuleError, match=r"match no optimizer\.learning_rate rule"):
         optimizer.rate_multipliers(tree, (("vit/.*", 1.0),))
 
 

@@ -1,0 +1,345 @@
+"""Checkpoints of a run: asynchronous, committed by rename, verified array by array on restore.
+
+A step is a directory `<workdir>/checkpoints/<step>` with four items written by Orbax: `params` (one
+nested dict, readable without this project), `opt_state`, `counters` and the JSON item `meta`, which
+holds the step, the resolved config, the data fingerprint, versions, and shape, dtype and digest of
+every array. The data position needs no item: batch i is a function of the data and i.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from internvl_jax import rules
+from internvl_jax.train.digest import digests
+from internvl_jax.train.state import TrainState
+
+_IN_PROGRESS = "*.orbax-checkpoint-tmp*"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be found, written or used for this model."""
+
+
+class CheckpointCorrupt(CheckpointError):
+    """A checkpoint on disk is not what was written; names the step and the leaf or file."""
+
+
+def nested(tree: Any) -> dict[str, Any]:
+    """Any pytree as a nested dict, indices and field names as keys.
+
+    So is the optimizer state stored: readable without the classes that made it.
+    """
+    return rules.unflatten(
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+    )
+
+
+def make_meta(items: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+    """The JSON record of a checkpoint: `fields`, versions, one entry per array, own checksum."""
+    arrays = rules.flatten(items)
+    digest_of = digests(dict(items))
+    leaves = {
+        path: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": digest_of[path]}
+        for path, x in arrays.items()
+    }
+    versions = {}
+    for package in ("internvl_jax", "jax", "flax", "optax", "orbax-checkpoint"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    meta = json.loads(json.dumps({**fields, "versions": versions, "leaves": leaves}))
+    return {**meta, "sha256": _checksum(meta)}
+
+
+def _checksum(meta: Mapping[str, Any]) -> str:
+    body = {name: value for name, value in meta.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def read_meta(step_directory: str | Path) -> dict[str, Any]:
+    """The meta record of one step directory. Raises CheckpointCorrupt if it is damaged."""
+    file = Path(step_directory) / "meta" / "metadata"
+    try:
+        meta = json.loads(file.read_text())
+        intact = isinstance(meta, dict) and meta.get("sha256") == _checksum(meta)
+    except (OSError, ValueError) as error:
+        raise CheckpointCorrupt(f"{step_directory}: cannot read meta: {_line(error)}") from error
+    if not intact:
+        raise CheckpointCorrupt(f"{step_directory}: meta does not match its own checksum")
+    return meta
+
+
+def read_arrays(step_directory: str | Path, item: str, abstract: dict, meta: dict) -> dict:
+    """Read an item of a checkpoint, or part of it, and verify every array.
+
+    abstract: nested dict of ShapeDtypeStruct with shardings, all or a part of the stored leaves.
+      Shapes and dtypes are those of the checkpoint, else CheckpointError.
+    Raises CheckpointCorrupt, naming the leaf, where the disk does not give what was written.
+    """
+    directory = Path(step_directory).absolute()
+    stored = {p: x for p, x in meta["leaves"].items() if p.startswith(f"{item}/")}
+    wanted = rules.flatten({item: abstract})
+    wrong = [f"{p}: not in the checkpoint" for p in wanted if p not in stored]
+    for path in wanted.keys() & stored.keys():
+        old = (tuple(stored[path]["shape"]), stored[path]["dtype"])
+        new = (tuple(wanted[path].shape), str(wanted[path].dtype))
+        if old != new:
+            wrong.append(f"{path}: stored as {old[0]} {old[1]}, the model has {new[0]} {new[1]}")
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise CheckpointError(
+            f"{directory} was written by another model: {'; '.join(sorted(wrong)[:4])}{more}"
+        )
+    if not wanted:
+        return abstract
+    try:
+        tree = _restore(directory / item, abstract)
+    except Exception as error:
+        leaf = _first_unreadable(directory / item, abstract)
+        raise CheckpointCorrupt(f"{directory}: cannot read {item}{leaf}: {_line(error)}") from error
+    bad = [p for p, x in digests({item: tree}).items() if x != stored[p]["digest"]]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise CheckpointCorrupt(f"{directory}: {bad[0]}{more} does not match its digest")
+    return tree
+
+
+def _restore(directory: Path, abstract: dict) -> dict:
+    args = ocp.args.PyTreeRestore(
+        item=abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=True,
+    )
+    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(directory, args=args)
+
+
+def _first_unreadable(directory: Path, abstract: dict) -> str:
+    """Path of the first leaf that cannot be read by itself, or "" if each can or none."""
+    leaves = rules.flatten(abstract)
+    unreadable = []
+    for path, leaf in leaves.items():
+        try:
+            _restore(directory, rules.unflatten({path: leaf}))
+        except Exception:
+            unreadable.append(path)
+    return f"/{unreadable[0]}" if 0 < len(unreadable) < len(leaves) else ""
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keep the noise of a failed read away: it is reported in one line of our own.
+
+    Reads that Orbax gave up print their errors later, when they are collected, so the filter for
+    those stays.
+    """
+    loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    if not isinstance(sys.unraisablehook, _WithoutStragglers):
+        sys.unraisablehook = _WithoutStragglers(sys.unraisablehook)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithoutStragglers:
+    """An unraisable hook that drops errors of abandoned TensorStore reads."""
+
+    rest: Callable[[Any], None]
+
+    def __call__(self, unraisable):
+        text = f"{unraisable.exc_value} {unraisable.object}"
+        if "Event loop is closed" in text or "_read_array_index" in text:
+            return
+        self.rest(unraisable)
+
+
+def _line(error: BaseException) -> str:
+    """The gist of an exception in one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def committed_steps(directory: str | Path) -> list[int]:
+    """Steps under a checkpoints directory, oldest first; unfinished ones do not count."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.is_dir())
+
+
+class Checkpoints:
+    """The checkpoints of one work directory; one writer at a time (see `workdir.lock`)."""
+
+    def __init__(self, directory: str | Path, *, keep: int = 3):
+        """Open or create the directory and remove what an interrupted save left there."""
+        self.directory = Path(directory).absolute()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._keep = keep
+        self._saving: int | None = None
+        self.removed = self._remove_unfinished()
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, lightweight_initialize=True)
+        return ocp.CheckpointManager(self.directory, options=options)
+
+    def _remove_unfinished(self) -> list[str]:
+        if jax.process_index() != 0:
+            return []
+        leftovers = sorted(self.directory.glob(_IN_PROGRESS))
+        for leftover in leftovers:
+            shutil.rmtree(leftover, ignore_errors=True)
+        return [leftover.name for leftover in leftovers]
+
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first."""
+        return committed_steps(self.directory)
+
+    def save(self, state: TrainState, **meta: Any) -> int:
+        """Start writing the state; returns its step once the arrays are copied to the host.
+
+        meta: what to record beside the arrays: config, data_fingerprint (JSON values).
+        Waits for the save before it. A step that exists already is left as it is.
+        Raises CheckpointError if this or the previous save failed; committed steps stay intact.
+        """
+        step = int(state.step)
+        self.wait()
+        if step in self.steps():
+            return step
+        items = _items(state)
+        args = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
+        args["meta"] = ocp.args.JsonSave(make_meta(items, step=step, **meta))
+        self._saving = step
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        except Exception as error:
+            self._failed(error)
+        return step
+
+    def poll(self) -> None:
+        """Raise CheckpointError if the save in progress has failed; never waits."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last save is committed. Raises CheckpointError if it failed."""
+        if self._saving is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._failed(error)
+        self._saving = None
+
+    def _failed(self, error: BaseException) -> None:
+        step, self._saving = self._saving, None
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        self._remove_unfinished()
+        self._manager = self._open()
+        free = shutil.disk_usage(self.directory).free / 2**20
+        steps = ", ".join(map(str, self.steps())) or "none"
+        raise CheckpointError(
+            f"saving step {step} failed ({free:,.0f} MiB free in {self.directory}): "
+            f"{_line(error)}; steps on disk: {steps}"
+        ) from error
+
+    def restore(
+        self, abstract: TrainState, *, strict: bool = False
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """(state, meta) of the newest intact step, or None if there is no step.
+
+        abstract: `state.on_mesh` of the state of this run; arrays come back on its shardings, on
+          whatever mesh they were saved.
+        A damaged step is reported in one line on stderr, and the step before it is tried; with
+        `strict`, or if no step is intact, CheckpointCorrupt. Damaged steps newer than the restored
+        one are moved to `<directory>/../damaged`, so that their numbers are free again.
+        """
+        damaged = []
+        for step in reversed(self.steps()):
+            directory = self.directory / str(step)
+            try:
+                meta = read_meta(directory)
+                items = {
+                    name: read_arrays(directory, name, tree, meta)
+                    for name, tree in _items(abstract).items()
+                }
+            except CheckpointCorrupt as error:
+                if strict:
+                    raise
+                damaged.append(step)
+                print(
+                    f"warning: step {step} is damaged, trying the one before: {error}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                continue
+            self._set_aside(damaged)
+            return _from_items(abstract, items), meta
+        if damaged:
+            raise CheckpointCorrupt(
+                f"no intact checkpoint in {self.directory} (damaged: {damaged}); to start again "
+                "from scratch, move that directory away"
+            )
+        return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if not steps or jax.process_index() != 0:
+            return
+        aside = self.directory.parent / "damaged"
+        aside.mkdir(exist_ok=True)
+        for step in steps:
+            target = aside / str(step)
+            for number in range(1, 1000):
+                if not target.exists():
+                    break
+                target = aside / f"{step}-{number}"
+            (self.directory / str(step)).rename(target)
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Finish the save in progress and release the writer."""
+        self.wait()
+        self._manager.close()
+
+
+def _items(state: TrainState) -> dict[str, dict]:
+    counters = {n: getattr(state, n) for n in ("step", "skipped", "nonfinite_in_a_row")}
+    return {"params": state.params, "opt_state": nested(state.opt_state), "counters": counters}
+
+
+def _from_items(abstract: TrainState, items: Mapping[str, dict]) -> TrainState:
+    """The inverse of `_items` for a state of the structure of `abstract`."""
+
+    def like(tree, stored):
+        leaves = rules.flatten(stored)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: leaves[jax.tree_util.keystr(path, simple=True, separator="/")], tree
+        )
+
+    return TrainState(
+        trainable=like(abstract.trainable, items["params"]),
+        frozen=like(abstract.frozen, items["params"]),
+        opt_state=like(abstract.opt_state, items["opt_state"]),
+        **items["counters"],
+    )

@@ -1,0 +1,244 @@
+"""The train loop of every stage: `train(config, workdir)`, to be read from top to bottom.
+
+What a run starts from, in this order: its own work directory; then `config.init_from`, parameter
+by parameter; then random initialisation. So the same command starts a run and continues it.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from internvl_jax import objectives, rules, sharding
+from internvl_jax.data import pipelines
+from internvl_jax.models import config as models
+from internvl_jax.models import init
+from internvl_jax.train import checkpoint, metrics, optimizer, preemption, pretrained, workdir
+from internvl_jax.train import state as states
+from internvl_jax.train.step import make_train_step
+
+
+class NonFiniteError(RuntimeError):
+    """Too many updates in a row had a loss or gradient that is not finite."""
+
+
+def enable_compile_cache() -> None:
+    """Keep compiled programs between processes.
+
+    In JAX_COMPILATION_CACHE_DIR if that is set, else in the user's cache folder.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "internvl_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def train(config: Any, directory: str | Path) -> dict[str, float]:
+    """Run or resume one experiment; returns the last metrics, evaluations included.
+
+    config: a ConfigDict as `configs/common.py` defines it. directory: the work directory.
+
+    Raises before anything compiles: MeshError, ModelConfigError, RuleError, WorkdirError (not
+    writable, in use, or of another experiment), CheckpointError. Later: NonFiniteError; SystemExit
+    143 or 130 after SIGTERM or Ctrl-C, with the current step saved.
+    """
+    settings = json.loads(json.dumps(config.to_dict()))
+    enable_compile_cache()
+
+    # --- the mesh and the model's shapes ---------------------------------------------------------
+    mesh = sharding.make_mesh(**config.mesh)
+    model_config = models.from_dict(config.model)
+    sharding.check_divisible(model_config, mesh, config.batch_size)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        path = stack.enter_context(workdir.opened(directory))
+        watch = stack.enter_context(preemption.Watch())
+
+        # --- data --------------------------------------------------------------------------------
+        pipeline = pipelines.build(config, model_config)
+
+        # --- optimizer and the shapes of the whole state -----------------------------------------
+        shapes = states.on_mesh(init.abstract(model_config), mesh)
+        learned, _ = rules.partition(shapes, config.trainable)
+        tx, learning_rate = optimizer.make_optimizer(
+            config.optimizer,
+            learned,
+            steps=config.steps,
+            all_params=shapes,
+            cross_every=_cross_every(model_config),
+        )
+        make_state = functools.partial(states.create, trainable=config.trainable, tx=tx)
+        abstract = states.on_mesh(jax.eval_shape(make_state, shapes), mesh)
+
+        # --- own work directory, else init_from, else scratch ------------------------------------
+        checkpoints = checkpoint.Checkpoints(path / "checkpoints", keep=config.checkpoint.keep)
+        for name in checkpoints.removed:
+            _say(f"removed {name}, which an interrupted save left behind")
+        workdir.claim(path, settings, pipeline.fingerprint, resuming=bool(checkpoints.steps()))
+        restored = checkpoints.restore(abstract)
+        if restored is not None:
+            state = restored[0]
+            _say(f"continuing {path} at step {int(state.step)}")
+        else:
+            params = _initial_params(config, model_config, shapes)
+            state = jax.jit(make_state)(params)
+            del params
+        for group in optimizer.describe_groups(state.trainable, config.optimizer.learning_rate):
+            _say(f"learning rate {group}")
+        _say(f"frozen: {sum(x.size for x in jax.tree.leaves(state.frozen)):,} parameters")
+
+        # --- the step, evaluations, writers ------------------------------------------------------
+        objective = functools.partial(
+            objectives.OBJECTIVES[config.objective], **config.objective_options
+        )
+
+        def loss_fn(params, batch, key):
+            return objective(init.bind(model_config, params), batch, key=key)
+
+        train_step = make_train_step(loss_fn, tx, seed=config.seed, learning_rate=learning_rate)
+        evaluators = _evaluators(config)
+        start = int(state.step)
+        log = metrics.MetricsLog(path, start=start, steps=config.steps)
+        stack.callback(log.close)
+        speed, spikes = metrics.Speed(), metrics.SpikeDetector()
+        save = functools.partial(
+            checkpoints.save, config=settings, data_fingerprint=pipeline.fingerprint
+        )
+        last: dict[str, float] = {}
+
+        def report(step: int, device_metrics: Mapping[str, jax.Array]) -> None:
+            """Fetch, check and write the metrics of the update that made `step`."""
+            values = {n: float(x) for n, x in jax.device_get(dict(device_metrics)).items()}
+            log.advance(step)
+            spike = spikes.update(values["loss"])
+            if spike:
+                _say(f"loss spike at step {step}: {spike}; {_batch_of(step, pipeline)}")
+            if values["nonfinite_in_a_row"]:
+                _say(
+                    f"step {step}: loss {values['loss']:g}, gradient norm "
+                    f"{values['grad_norm']:g}; update skipped; {_batch_of(step, pipeline)}"
+                )
+            last.update(values)
+            if step % config.log_every == 0 or step == config.steps:
+                last.update(speed.report())
+                log.write(step, last)
+            if values["nonfinite_in_a_row"] >= config.max_nonfinite:
+                raise NonFiniteError(_nonfinite_report(step, config, checkpoints, pipeline))
+
+        # --- the loop ----------------------------------------------------------------------------
+        # `state.step` counts updates attempted. The batch of update i is batch i of the pipeline,
+        # whatever came before, so nothing but the state need be saved. The metrics of an update are
+        # fetched after the next is dispatched: the device never waits for the host.
+        batches = stack.enter_context(contextlib.closing(pipeline.iterate(start)))
+        pending = None
+        for step in range(start + 1, config.steps + 1):
+            before = time.monotonic()
+            batch = next(batches)
+            speed.count(batch, time.monotonic() - before)
+            state, current = train_step(state, to_devices(batch, mesh))
+            if pending is not None:
+                report(*pending)
+            pending = (step, current)
+
+            leaving = watch.signal is not None
+            due = [n for n, e in evaluators.items() if step % e.every == 0 or step == config.steps]
+            saving = step % config.checkpoint.every == 0 or step == config.steps or leaving
+            if saving or due:
+                report(*pending)
+                pending = None
+            if saving:
+                _save(save, state, must=leaving or step == config.steps)
+            if leaving:
+                checkpoints.close()
+                _say(
+                    f"saved step {step} of {config.steps} in {path}; the same command with the "
+                    "same --workdir continues from there"
+                )
+                raise SystemExit(watch.exit_code)
+            for name in due:
+                results = evaluators[name].run(model_config, state.params)
+                figures = {f"{name}.{key}": float(value) for key, value in results}
+                log.write(step, figures)
+                last.update(figures)
+            _save(checkpoints.poll)
+        if pending is not None:
+            report(*pending)
+        checkpoints.close()
+    return last
+
+
+def to_devices(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """Put this process's rows of a batch on its devices, the leading axis over replica and fsdp."""
+    place = sharding.batch_sharding(mesh)
+    return {n: jax.make_array_from_process_local_data(place, x) for n, x in batch.items()}
+
+
+def _initial_params(config: Any, model_config: Any, shapes: dict) -> dict:
+    """Parameters of a new run: `init_from` where it has them, the rest random."""
+    key = jax.random.key(config.seed)
+    if not config.init_from:
+        return init.create(model_config, key)
+    loaded = pretrained.load_params([dict(source) for source in config.init_from], shapes)
+    for line in str(loaded).splitlines():
+        _say(line)
+    if not loaded.fresh:
+        return loaded.params
+
+    # Only the missing ones are computed: two whole models never lie in memory together.
+    def missing(key):
+        flat = rules.flatten(init.create(model_config, key))
+        return rules.unflatten({path: flat[path] for path in loaded.fresh})
+
+    return rules.merge(loaded.params, jax.jit(missing)(key))
+
+
+def _cross_every(model_config: Any) -> int:
+    """Every how many layers the language tower cross-attends (for its layer decay)."""
+    inner = getattr(model_config, "middleware", None) or model_config
+    return getattr(inner, "cross_every", 1)
+
+
+def _evaluators(config: Any) -> dict[str, Any]:
+    if not config.evals:
+        return {}
+    from internvl_jax.evals import evaluator
+
+    return evaluator.build(config.evals, config)
+
+
+def _batch_of(step: int, pipeline: Any) -> str:
+    return f"its data: batch {step - 1} of the pipeline with fingerprint {pipeline.fingerprint}"
+
+
+def _nonfinite_report(step: int, config: Any, checkpoints: Any, pipeline: Any) -> str:
+    saved = ", ".join(map(str, checkpoints.steps())) or "none"
+    first = step - config.max_nonfinite + 1
+    return (
+        f"the loss or gradient was not finite in {config.max_nonfinite} updates in a row (steps "
+        f"{first} to {step}); all were skipped, and the parameters are those of step {first - 1}. "
+        f"Saved steps: {saved}. To look at it: {_batch_of(first, pipeline)}; a lower learning "
+        "rate, a longer warm-up or a smaller optimizer.clip_norm often helps"
+    )
+
+
+def _save(action: Any, *arguments: Any, must: bool = False) -> None:
+    """Save, or see how a save went; unless it `must` succeed, a failure is only reported."""
+    try:
+        action(*arguments)
+    except checkpoint.CheckpointError as error:
+        if must:
+            raise
+        _say(f"warning: {error}; training goes on, and the next save tries again")
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
