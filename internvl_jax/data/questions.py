@@ -79,7 +79,7 @@ _COUNTS = {"en": ("one", "two"), "zh": ("一个", "两个"), "ko": ("한 개", "
 _COUNTS["es"] = ("uno", "dos")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def about_scene(description: tuple, language: str) -> tuple[tuple[str, str], ...]:
     """All (question, answer) pairs of a scene description (`Scene.description`).
 
@@ -99,7 +99,7 @@ def about_scene(description: tuple, language: str) -> tuple[tuple[str, str], ...
         pairs.append((ask["shape"], text.SHAPES[language][shape]))
         return tuple(pairs)
     places = ("left", "right") if relation == "left" else ("above", "below")
-    for place, item in zip(places, objects):
+    for place, item in zip(places, objects, strict=True):
         pairs.append((ask[place], text.noun(*item[:2], None, language, article=False)))
     for (color, shape, _), (other_color, other_shape, _) in (objects, objects[::-1]):
         if shape != other_shape:
@@ -119,7 +119,7 @@ def about_scene(description: tuple, language: str) -> tuple[tuple[str, str], ...
     return tuple(pairs)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def about_digit(digit: int, language: str) -> tuple[tuple[str, str], ...]:
     """All (question, answer) pairs of a handwritten digit."""
     ask, (yes, no) = _ASK[language], _YES_NO[language]

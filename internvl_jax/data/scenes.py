@@ -180,10 +180,10 @@ def _pair_scene(rng, swap_with=None) -> Scene:
     right = free * _between(rng, 0.05, 0.45)
     along = (left + sides[0] / 2, 1 - right - sides[1] / 2)
     across = [0.5 + min(0.12, (1 - side) / 2) * _between(rng, -1, 1) for side in sides]
-    places = zip(along, across) if relation == "left" else zip(across, along)
+    axes = (along, across) if relation == "left" else (across, along)
     objects = tuple(
         _object(rng, pair, size, x, y, side)
-        for pair, size, (x, y), side in zip(pairs, sizes, places, sides)
+        for pair, size, x, y, side in zip(pairs, sizes, *axes, sides, strict=True)
     )
     return Scene(objects, relation, int(rng.integers(2**62)))
 

@@ -13,14 +13,15 @@ from internvl_jax.data import scenes
 LANGUAGES = ("en", "zh", "ko", "es")
 LANGUAGE_NAMES = {"en": "English", "zh": "Chinese", "ko": "Korean", "es": "Spanish"}
 
+
+def _named(keys, words: str) -> dict[str, str]:
+    return dict(zip(keys, words.split(), strict=True))
+
+
 COLORS = {
-    "en": {color: color for color in scenes.COLORS},
-    "zh": dict(
-        zip(scenes.COLORS, ("红色", "橙色", "黄色", "绿色", "蓝色", "紫色", "黑色", "白色"))
-    ),
-    "ko": dict(
-        zip(scenes.COLORS, ("빨간", "주황색", "노란", "초록색", "파란", "보라색", "검은", "하얀"))
-    ),
+    "en": _named(scenes.COLORS, "red orange yellow green blue purple black white"),
+    "zh": _named(scenes.COLORS, "红色 橙色 黄色 绿色 蓝色 紫色 黑色 白色"),
+    "ko": _named(scenes.COLORS, "빨간 주황색 노란 초록색 파란 보라색 검은 하얀"),
     # Masculine and feminine.
     "es": {
         "red": ("rojo", "roja"),
@@ -37,21 +38,14 @@ COLORS = {
 COLOR_NAMES = {
     "en": COLORS["en"],
     "zh": COLORS["zh"],
-    "ko": dict(
-        zip(
-            scenes.COLORS,
-            ("빨간색", "주황색", "노란색", "초록색", "파란색", "보라색", "검은색", "하얀색"),
-        )
-    ),
+    "ko": _named(scenes.COLORS, "빨간색 주황색 노란색 초록색 파란색 보라색 검은색 하얀색"),
     "es": {color: forms[0] for color, forms in COLORS["es"].items()},
 }
 SHAPES = {
-    "en": {shape: shape for shape in scenes.SHAPES},
-    "zh": dict(zip(scenes.SHAPES, ("圆形", "正方形", "三角形", "星星", "圆环", "十字"))),
-    "ko": dict(zip(scenes.SHAPES, ("원", "정사각형", "삼각형", "별", "고리", "십자가"))),
-    "es": dict(
-        zip(scenes.SHAPES, ("círculo", "cuadrado", "triángulo", "estrella", "anillo", "cruz"))
-    ),
+    "en": _named(scenes.SHAPES, "circle square triangle star ring cross"),
+    "zh": _named(scenes.SHAPES, "圆形 正方形 三角形 星星 圆环 十字"),
+    "ko": _named(scenes.SHAPES, "원 정사각형 삼각형 별 고리 십자가"),
+    "es": _named(scenes.SHAPES, "círculo cuadrado triángulo estrella anillo cruz"),
 }
 _SIZES = {
     "en": {"large": "large", "small": "small"},
@@ -115,7 +109,7 @@ class Phrase(str):
         return particle(self, code) if code else str(self)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def noun(color: str, shape: str, size: str | None, language: str, article: bool = True) -> str:
     """The phrase for one object, e.g. "a large red star", "una estrella roja grande".
 
@@ -134,7 +128,7 @@ def noun(color: str, shape: str, size: str | None, language: str, article: bool 
     if language == "es":
         gender = 1 if shape in _FEMININE else 0
         words = (name, tint[gender]) + ((extent[gender],) if extent else ())
-        return " ".join((("un", "una")[gender],) + words if article else words)
+        return " ".join((("un", "una")[gender], *words) if article else words)
     raise ValueError(f"no words for language {language!r}; there are {', '.join(LANGUAGES)}")
 
 
@@ -148,7 +142,7 @@ def definite(color: str | None, shape: str, language: str) -> str:
     return words
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def scene_captions(description: tuple, language: str) -> tuple[str, ...]:
     """All captions of a scene description (`Scene.description`), the canonical one first.
 
@@ -160,12 +154,12 @@ def scene_captions(description: tuple, language: str) -> tuple[str, ...]:
         color, shape, _ = objects[0]
         bare = Phrase(noun(color, shape, None, language))
         templates = _SINGLE[language]
-        return tuple(t.format(a=phrases[0]) for t in templates) + (templates[1].format(a=bare),)
+        return (*(t.format(a=phrases[0]) for t in templates), templates[1].format(a=bare))
     first, second = phrases
     return tuple(t.format(a=first, b=second) for t in _PAIR[relation][language])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def digit_captions(digit: int, language: str) -> tuple[str, ...]:
     """Captions of a handwritten digit, the canonical one first."""
     return tuple(t.format(n=DIGITS[language][digit]) for t in _DIGIT[language])

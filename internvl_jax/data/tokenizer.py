@@ -80,15 +80,18 @@ class Tokenizer:
     ) -> np.ndarray:
         """Right-padded ids of many texts: int32 [N, length], 0 after the end."""
         result = np.full((len(texts), length), PAD_ID, np.int32)
-        for row, text in zip(result, texts):
+        for row, text in zip(result, texts, strict=True):
             ids = self.encode(text, bos=bos, eos=eos, length=length)
             row[: len(ids)] = ids
         return result
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids. Special, padding and placeholder ids (negative) are left out."""
+        """Text of ids. Special, padding and placeholder ids (negative) are left out.
+
+        One leading space is dropped, as by the slow HF LlamaTokenizer.
+        """
         kept = [int(i) for i in ids if 0 <= i < self.vocab_size and int(i) not in self._special]
-        return self._model.decode(kept)
+        return self._model.decode(kept).removeprefix(" ")
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The vocabulary entries behind ids."""
@@ -114,7 +117,7 @@ class Tokenizer:
             return ids
         # The model finds user-defined symbols by itself. Cut inside each, it cannot see them.
         cuts = [match.start() + 1 for match in self._symbols.finditer(text)]
-        parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+        parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         ids = self._model.encode(parts[0])
         for part in parts[1:]:
             ids += self._inner.encode(part)
