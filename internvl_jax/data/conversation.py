@@ -5,6 +5,7 @@ Everything here is exact to the released program where it has one; `tokenizer` i
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ GENERATION_PROMPTS = {code: f"{name} caption:" for code, name in text.LANGUAGE_N
 _MAX_WORDS = 50
 
 
+@functools.lru_cache(1 << 16)
 def clean_caption(caption: str) -> str:
     """The released rule: lower case, .!"()*#:;~ become spaces, single spaces, 50 words.
 

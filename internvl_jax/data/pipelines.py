@@ -21,7 +21,7 @@ from PIL import Image
 from internvl_jax.data import conversation, image, sources, text
 
 TASKS = ("language", "contrastive", "generative", "retrieval", "instruct")
-AUGMENTATIONS = ("none", "random_resized_crop")
+AUGMENTATIONS = ("none", "random_resized_crop", "random_resized_crop_and_flip")
 _VERSION = 1  # raise it when the order or the content of batches changes
 _PREFETCH = 4  # batches prepared ahead of the training step
 
@@ -185,13 +185,12 @@ class _Maker:
 
     def language(self, place, rng):
         """One text: a caption, plain or as in later stages, or a chat without its image."""
-        record = self._texts(place)
         kind = int(rng.integers(4))
-        if kind == 3 and record["qa"]:
-            rounds = self._questions(record, rng)
+        if kind == 3:
+            rounds = self._rounds(place, rng)
             ids, _ = conversation.encode_chat(self.tokenizer, "brief", rounds, 0)
             return {"tokens": self._pad(ids, 0)}
-        language, caption = self._caption(record, rng)
+        language, caption = self._caption(self._texts(place), rng)
         if kind == 2:
             ids, _ = self._captioning(caption, language)
             return {"tokens": ids}
@@ -199,10 +198,9 @@ class _Maker:
         return {"tokens": self._ids(wrap(caption))}
 
     def contrastive(self, place, rng):
-        record = self._record(place)
-        _, caption = self._caption(record, rng)
+        _, caption = self._caption(self._texts(place), rng)
         return {
-            "image": self._image(record, rng),
+            "image": self._image(place, rng),
             "text": self._ids(conversation.contrastive_text(caption)),
         }
 
@@ -214,52 +212,44 @@ class _Maker:
     def retrieval(self, place, rng):
         example, _, _ = self._matching(place, rng)
         # Numbers of different sources must not meet by chance.
-        source, index = place
-        name = f"{source} {self.sources[source].texts(index)['image_id']}"
-        example["image_id"] = np.int32(sources._number(name))
+        name = f"{place[0]} {self._texts(place)['image_id']}"
+        example["image_id"] = np.int32(sources.stable_number(name))
         return example
 
     def instruct(self, place, rng):
-        record = self._record(place)
         if self.template == "plain":
-            rounds = [("", self._caption(record, rng)[1])]
-        elif record.get("rounds"):
-            rounds = list(record["rounds"])
+            rounds = [("", self._caption(self._texts(place), rng)[1])]
         else:
-            rounds = self._questions(record, rng)
-        if self.template != "plain":
             # The picture belongs to the first question, wherever the data put its mark.
-            first, *rest = rounds
-            rest = [(q.replace(conversation.IMAGE_MARK, "").strip(), a) for q, a in rest]
-            rounds = [(conversation.image_first(first[0]), first[1]), *rest]
+            (question, answer), *rest = self._rounds(place, rng)
+            rounds = [(conversation.image_first(question), answer)]
+            rounds += [(q.replace(conversation.IMAGE_MARK, "").strip(), a) for q, a in rest]
         ids, labels = conversation.encode_chat(
             self.tokenizer, self.template, rounds, self.num_image_tokens
         )
         return {
-            "image": self._image(record, rng)[None],
+            "image": self._image(place, rng)[None],
             "tokens": self._pad(ids, 0),
             "labels": self._pad(labels, conversation.IGNORE),
         }
 
     def _matching(self, place, rng):
-        record = self._record(place)
-        language, caption = self._caption(record, rng)
+        texts = self._texts(place)
+        language, caption = self._caption(texts, rng)
         example = {
-            "image": self._image(record, rng),
+            "image": self._image(place, rng),
             "text": self._ids(conversation.contrastive_text(caption)),
             "positive": self._ids(conversation.clean_caption(caption)),
-            "negative": self._ids(self._negative(place, record, language, rng)),
+            "negative": self._ids(self._negative(place, texts, language, rng)),
         }
         return example, caption, language
 
-    def _record(self, place):
-        return self.sources[place[0]][place[1]]
-
     def _texts(self, place):
-        return self.sources[place[0]].texts(place[1])
+        source, index = place
+        return self.sources[source].texts(index)
 
-    def _caption(self, record, rng):
-        captions = record["captions"]
+    def _caption(self, texts, rng):
+        captions = texts["captions"]
         languages = [x for x in self.languages if captions.get(x)]
         if not languages:
             raise ValueError(
@@ -269,14 +259,14 @@ class _Maker:
         language = languages[int(rng.integers(len(languages)))]
         return language, captions[language][int(rng.integers(len(captions[language])))]
 
-    def _negative(self, place, record, language, rng):
+    def _negative(self, place, texts, language, rng):
         """A caption in the same language of another image that is not described alike."""
         source = self.sources[place[0]]
-        own = set(record["captions"][language])
+        own = set(texts["captions"][language])
         for _ in range(100):
             other = source.texts(int(rng.integers(len(source))))
             captions = other["captions"].get(language)
-            if captions and other["image_id"] != record["image_id"] and own.isdisjoint(captions):
+            if captions and other["image_id"] != texts["image_id"] and own.isdisjoint(captions):
                 caption = captions[int(rng.integers(len(captions)))]
                 return conversation.clean_caption(caption)
         raise ValueError(
@@ -284,22 +274,29 @@ class _Maker:
             "images with different captions"
         )
 
-    def _questions(self, record, rng):
-        languages = [x for x in self.languages if any(x == qa[0] for qa in record["qa"])]
+    def _rounds(self, place, rng):
+        """A user's conversation as it is, or questions drawn in one language."""
+        whole = self._texts(place).get("rounds")
+        if whole:
+            return list(whole)
+        qa = self.sources[place[0]].questions(place[1])
+        languages = [x for x in self.languages if any(x == entry[0] for entry in qa)]
         if not languages:
             raise ValueError(
                 "a record has neither a conversation nor questions in "
-                f"{', '.join(self.languages)}; task 'instruct' needs one"
+                f"{', '.join(self.languages)}; this task needs one"
             )
         language = languages[int(rng.integers(len(languages)))]
-        pairs = [qa[1:] for qa in record["qa"] if qa[0] == language]
-        order = rng.permutation(len(pairs))[: self.rounds]
-        return [pairs[i] for i in order]
+        pairs = [entry[1:] for entry in qa if entry[0] == language]
+        return [pairs[i] for i in rng.permutation(len(pairs))[: self.rounds]]
 
-    def _image(self, record, rng):
-        pixels = record["image"]
-        if self.augment == "random_resized_crop":
-            return image.random_resized_crop(Image.fromarray(pixels), self.image_size, rng)
+    def _image(self, place, rng):
+        source, index = place
+        pixels = self.sources[source].image(index)
+        if self.augment != "none":
+            pixels = image.random_resized_crop(Image.fromarray(pixels), self.image_size, rng)
+            mirrored = self.augment.endswith("flip") and rng.random() < 0.5
+            return pixels[:, ::-1] if mirrored else pixels
         if pixels.shape[:2] == (self.image_size, self.image_size):
             return pixels
         return image.square(Image.fromarray(pixels), self.image_size)

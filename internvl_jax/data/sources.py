@@ -1,19 +1,19 @@
 """Random-access sources of examples, each a sequence that Grain can read in any order.
 
-A source has `len(source)`, `source[i]`, `source.texts(i)` (the same example without its image,
-which costs no decoding) and `source.identity`, a string that changes when its content changes.
-An example is a dict:
+A source has `len(source)`, `source[i]` and `source.identity`, a string that changes when its
+content changes. An example is a dict, whose parts can also be read alone:
 
-    image      uint8 [H, W, 3]
-    image_id   int; examples that share it are matches of each other in retrieval
-    captions   {language: tuple of captions}, the canonical one first
-    qa         tuple of (language, question, answer)
-    rounds     tuple of (question, answer), a whole conversation (user data only)
-    color, shape, class_index   where the example has them
+    source.image(i)      "image"      uint8 [H, W, 3]
+    source.texts(i)      "image_id"   int; examples that share it match each other in retrieval
+                         "captions"   {language: tuple of captions}, the canonical one first
+                         "rounds"     tuple of (question, answer), a user's whole conversation
+                         "color", "shape", "class_index"   where the example has them
+    source.questions(i)  "qa"         tuple of (language, question, answer)
 """
 
 import functools
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -49,10 +49,16 @@ class EmbeddedScenes:
         return self.size
 
     def __getitem__(self, index: int) -> dict:
-        return {"image": self.images[index], **self.texts(index)}
+        return _example(self, index)
+
+    def image(self, index: int) -> np.ndarray:
+        return self.images[index]
 
     def texts(self, index: int) -> dict:
         return _scene_texts(self.scenes[index].description)
+
+    def questions(self, index: int) -> tuple:
+        return _scene_questions(self.scenes[index].description)
 
     @property
     def scenes(self) -> tuple[scenes.Scene, ...]:
@@ -80,19 +86,22 @@ def _pictures(split, size, image_size):
 @functools.lru_cache(1 << 16)
 def _scene_texts(description):
     color, shape, _ = description[0][0]
-    qa = tuple(
-        (language, *pair)
-        for language in text.LANGUAGES
-        for pair in questions.about_scene(description, language)
-    )
     return {
-        "image_id": _number(repr(description)),
+        "image_id": stable_number(repr(description)),
         "captions": {x: text.scene_captions(description, x) for x in text.LANGUAGES},
-        "qa": qa,
         "color": color,
         "shape": shape,
         "class_index": scenes.ALL_PAIRS.index((color, shape)),
     }
+
+
+@functools.lru_cache(1 << 16)
+def _scene_questions(description):
+    return tuple(
+        (language, *pair)
+        for language in text.LANGUAGES
+        for pair in questions.about_scene(description, language)
+    )
 
 
 class EmbeddedDigits:
@@ -107,23 +116,28 @@ class EmbeddedDigits:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict:
-        return {"image": self.images[index], **self.texts(index)}
+        return _example(self, index)
+
+    def image(self, index: int) -> np.ndarray:
+        return self.images[index]
 
     def texts(self, index: int) -> dict:
         return _digit_texts(int(self.labels[index]))
 
+    def questions(self, index: int) -> tuple:
+        digit = int(self.labels[index])
+        return tuple(
+            (language, *pair)
+            for language in text.LANGUAGES
+            for pair in questions.about_digit(digit, language)
+        )
+
 
 @functools.cache
 def _digit_texts(digit):
-    qa = tuple(
-        (language, *pair)
-        for language in text.LANGUAGES
-        for pair in questions.about_digit(digit, language)
-    )
     return {
-        "image_id": _number(f"digit {digit}"),
+        "image_id": stable_number(f"digit {digit}"),
         "captions": {x: text.digit_captions(digit, x) for x in text.LANGUAGES},
-        "qa": qa,
         "class_index": digit,
     }
 
@@ -150,18 +164,20 @@ class JsonlImages:
         return len(self._lines[0])
 
     def __getitem__(self, index: int) -> dict:
+        return _example(self, index)
+
+    def image(self, index: int) -> np.ndarray:
         record, place = self._record(index)
         file = (self.root / record["image"]).resolve()
         if not file.is_relative_to(self.root):
             raise ValueError(f"{place}: image {record['image']!r} lies outside {self.root}")
         try:
-            pixels = np.asarray(image.read(file))
+            return np.asarray(image.read(file))
         except (OSError, ValueError) as error:
             raise ValueError(f"{place}: {error}") from error
-        return {"image": pixels, **self._texts(record, place)}
 
-    def texts(self, index: int) -> dict:
-        return self._texts(*self._record(index))
+    def questions(self, index: int) -> tuple:
+        return ()
 
     @property
     def identity(self) -> str:
@@ -197,7 +213,8 @@ class JsonlImages:
             raise ValueError(f'{place}: neither "caption" nor "conversations" is given')
         return record, place
 
-    def _texts(self, record, place):
+    def texts(self, index: int) -> dict:
+        record, place = self._record(index)
         captions = record.get("caption", {})
         if not isinstance(captions, dict):
             captions = {self.language: captions}
@@ -208,9 +225,8 @@ class JsonlImages:
         if not all(isinstance(c, str) for values in captions.values() for c in values):
             raise ValueError(f'{place}: "caption" must be a text or {{language: text}}')
         return {
-            "image_id": _number(record["image"]),
+            "image_id": stable_number(record["image"]),
             "captions": captions,
-            "qa": (),
             "rounds": _rounds(record.get("conversations", []), place),
         }
 
@@ -230,8 +246,8 @@ def _rounds(turns, place):
 class TfdsImages:
     """A data set prepared by tensorflow-datasets in the array_record format.
 
-    image, captions: names of the features; captions maps a language to one.
-    tensorflow-datasets is imported here, so that nothing else needs it.
+    captions: {language: name of a text feature}. The image feature is named "image".
+    tensorflow-datasets is imported here, so that nothing else needs it; TensorFlow is not used.
     """
 
     def __init__(self, name: str, split: str, captions: dict[str, str], *, data_dir=None):
@@ -241,28 +257,33 @@ class TfdsImages:
             raise ImportError(
                 "reading this source needs tensorflow-datasets: pip install 'internvl-jax[data]'"
             ) from error
-        self._data = tfds.data_source(name, split=split, data_dir=data_dir)
+        # Images stay encoded until they are asked for.
+        self._data = tfds.data_source(
+            name, split=split, data_dir=data_dir, decoders={"image": tfds.decode.SkipDecoding()}
+        )
         self._captions = captions
-        info = self._data.dataset_info
-        self.identity = f"tfds {info.full_name} {split} {len(self._data)}"
+        self.identity = f"tfds {self._data.dataset_info.full_name} {split} {len(self._data)}"
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __getitem__(self, index: int) -> dict:
-        record = self._data[index]
-        return {"image": record["image"], **self._texts(record, index)}
+        return _example(self, index)
+
+    def image(self, index: int) -> np.ndarray:
+        return np.asarray(image.read(io.BytesIO(self._data[index]["image"])))
 
     def texts(self, index: int) -> dict:
-        return self._texts(self._data[index], index)
+        record = self._data[index]
+        captions = {
+            language: tuple(np.atleast_1d(np.asarray(record[key], object)))
+            for language, key in self._captions.items()
+        }
+        captions = {key: tuple(c.decode() for c in values) for key, values in captions.items()}
+        return {"image_id": int(record.get("image_id", index)), "captions": captions}
 
-    def _texts(self, record, index):
-        captions = {}
-        for language, key in self._captions.items():
-            value = record[key]
-            values = [value] if isinstance(value, bytes | str) else list(value)
-            captions[language] = tuple(v.decode() if isinstance(v, bytes) else v for v in values)
-        return {"image_id": int(record.get("image_id", index)), "captions": captions, "qa": ()}
+    def questions(self, index: int) -> tuple:
+        return ()
 
 
 def open_source(spec: str, image_size: int):
@@ -282,6 +303,11 @@ def open_source(spec: str, image_size: int):
     raise ValueError(f"unknown data source {spec!r}; use scenes, digits or jsonl:PATH")
 
 
-def _number(name: str) -> int:
+def _example(source, index):
+    image = source.image(index)
+    return {"image": image, **source.texts(index), "qa": source.questions(index)}
+
+
+def stable_number(name: str) -> int:
     """A stable positive 31-bit number for a name."""
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
