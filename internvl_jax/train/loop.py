@@ -18,6 +18,7 @@ import jax
 
 from internvl_jax import objectives, rules, sharding
 from internvl_jax.data import pipelines
+from internvl_jax.data.tokenizer import Tokenizer
 from internvl_jax.models import config as models
 from internvl_jax.models import init
 from internvl_jax.train import checkpoint, metrics, optimizer, preemption, pretrained, workdir
@@ -63,7 +64,7 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
         watch = stack.enter_context(preemption.Watch())
 
         # --- data --------------------------------------------------------------------------------
-        pipeline = pipelines.build(config, model_config)
+        pipeline = _pipeline(config, model_config)
 
         # --- optimizer and the shapes of the whole state -----------------------------------------
         shapes = states.on_mesh(init.abstract(model_config), mesh)
@@ -117,12 +118,12 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
         def report(step: int, device_metrics: Mapping[str, jax.Array]) -> None:
             """Fetch, check and write the metrics of the update that made `step`."""
             values = {n: float(x) for n, x in jax.device_get(dict(device_metrics)).items()}
-            log.advance(step)
+            log.advance(step, values["loss"])
             spike = spikes.update(values["loss"])
             if spike:
-                _say(f"loss spike at step {step}: {spike}; {_batch_of(step, pipeline)}")
+                log.say(f"loss spike at step {step}: {spike}; {_batch_of(step, pipeline)}")
             if values["nonfinite_in_a_row"]:
-                _say(
+                log.say(
                     f"step {step}: loss {values['loss']:g}, gradient norm "
                     f"{values['grad_norm']:g}; update skipped; {_batch_of(step, pipeline)}"
                 )
@@ -173,6 +174,21 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
             report(*pending)
         checkpoints.close()
     return last
+
+
+def _pipeline(config: Any, model_config: Any) -> pipelines.Pipeline:
+    """The data of `config.data`, this process's part of each batch."""
+    fields = dict(config.data)
+    tokenizer = Tokenizer(fields.pop("tokenizer", "") or None)
+    return pipelines.build(
+        **fields,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        tokenizer=tokenizer,
+        num_image_tokens=getattr(model_config, "tokens_per_image", 0),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
 def to_devices(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:

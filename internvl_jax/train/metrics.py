@@ -74,28 +74,32 @@ class _TensorBoard:
 class _Terminal:
     """A progress bar on a terminal, plain lines elsewhere."""
 
+    # Of interest only when something is wrong, and then reported in a line of their own.
+    _LEFT_OUT = ("skipped", "nonfinite_in_a_row", "host_rss_gib", "data_wait_seconds")
+
     def __init__(self, start: int, steps: int):
         self._steps = steps
-        self._began, self._start = time.monotonic(), start
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, loss: float) -> None:
         if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
             self._bar.update(step - self._bar.n)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        shown = {n: v for n, v in values.items() if n not in self._LEFT_OUT}
+        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        if "step_seconds" in values:
+            text += f"  eta {values['step_seconds'] * (self._steps - step):.0f} s"
+        self.say(f"step {step}/{self._steps}  {text}")
+
+    def say(self, text: str) -> None:
         if self._bar is not None:
-            if "loss" in values:
-                self._bar.set_postfix_str(f"loss {values['loss']:.4g}")
-            else:
-                self._bar.write(f"step {step}  {text}", file=sys.stderr)
-            return
-        done, elapsed = step - self._start, time.monotonic() - self._began
-        eta = f"  eta {elapsed / done * (self._steps - step):.0f} s" if done > 0 else ""
-        print(f"step {step}/{self._steps}  {text}{eta}", file=sys.stderr, flush=True)
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -143,10 +147,15 @@ class MetricsLog:
         for name, writer in self._writers.items():
             self._guard(name, lambda writer=writer: writer.write(step, values))
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, loss: float) -> None:
         """Move the progress bar."""
         if self._terminal is not None:
-            self._guard("terminal", lambda: self._terminal.advance(step))
+            self._guard("terminal", lambda: self._terminal.advance(step, loss))
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the progress bar."""
+        if self._terminal is not None:
+            self._guard("terminal", lambda: self._terminal.say(text))
 
     def close(self) -> None:
         for name, writer in self._writers.items():

@@ -112,43 +112,45 @@ def _lines(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
     return [f"{name}: {old!r} → {new!r}" for name, (old, new) in changes.items()]
 
 
-def claim(path: Path, config: Mapping[str, Any], fingerprint: Any, *, resuming: bool) -> None:
+def claim(path: Path, config: Mapping[str, Any], fingerprint: str, *, resuming: bool) -> None:
     """Write config.json and data.json; on resume first compare with those of the run before.
 
-    config, fingerprint: JSON values. Prints what has changed; raises WorkdirError for another
-    model, objective, trainable set or seed, and for other data, with the difference.
+    config: the resolved experiment as JSON values; fingerprint: of everything that decides the
+      batches. Prints what has changed; raises WorkdirError, with the difference, for another
+      model, objective, trainable set or seed, and for other data.
     """
-    config, fingerprint = json.loads(json.dumps([config, fingerprint]))
-    before = _read_json(path / "config.json")
-    if resuming and before is not None:
-        changes = differences(before, config)
+    config = json.loads(json.dumps(config))
+    before, data = _read_json(path / "config.json"), _read_json(path / "data.json")
+    changes = differences(before, config) if before is not None else {}
+    if resuming:
         fixed = {n: c for n, c in changes.items() if n.split(".")[0] in FIXED}
         if fixed:
             raise WorkdirError(
                 f"{path} holds another experiment: {'; '.join(_lines(fixed))}. Choose another "
                 "--workdir; to start from these weights, name them in config.init_from"
             )
+        if data is not None and data.get("fingerprint") != fingerprint:
+            cause = {n: c for n, c in changes.items() if n.split(".")[0] in ("data", "batch_size")}
+            what = "; ".join(_lines(cause)) or "the same config now reads other records"
+            raise WorkdirError(
+                f"the data of the run in {path} have changed, so it cannot go on as it began: "
+                f"{what} (fingerprint {str(data.get('fingerprint'))[:12]} → {fingerprint[:12]}). "
+                "Restore the data, or start in another --workdir with init_from"
+            )
         for line in _lines(changes):
             print(f"config changed on resume: {line}", file=sys.stderr)
-    data = _read_json(path / "data.json")
-    if resuming and data is not None and data != fingerprint:
-        lines = _lines(differences(data, fingerprint, "data"))
-        raise WorkdirError(
-            f"the data of the run in {path} have changed, so it cannot be continued as it began: "
-            f"{'; '.join(lines)}. Restore the data, or start in another --workdir with init_from"
-        )
     _write_json(path / "config.json", config)
-    _write_json(path / "data.json", fingerprint)
+    _write_json(path / "data.json", {"fingerprint": fingerprint})
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
+def _read_json(file: Path) -> dict[str, Any] | None:
+    with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(ValueError):
+            value = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(value, dict):
+                return value
         print(f"warning: {file} is damaged and was not compared", file=sys.stderr)
-        return None
+    return None
 
 
 def _write_json(file: Path, value: Any) -> None:
