@@ -11,7 +11,7 @@ from internvl_jax.models.config import (
     VisionConfig,
     from_dict,
 )
-from internvl_jax.models.init import abstract, bind, create
+from internvl_jax.models.init import abstract, bind, create, shardings
 
 __all__ = [
     "ChatConfig",
@@ -26,4 +26,5 @@ __all__ = [
     "bind",
     "create",
     "from_dict",
+    "shardings",
 ]

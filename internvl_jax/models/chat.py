@@ -64,7 +64,7 @@ class Chat(nnx.Module):
             inner = config.middleware
             self.llama = Llama(inner.llama, next(keys), language_head=False)
             self.queries = normal(
-                next(keys), (inner.num_queries, inner.llama.width), (None, "embed"), INIT_STD
+                next(keys), (inner.num_queries, inner.llama.width), (None, None), INIT_STD
             )
             self.cross = stack(
                 lambda k: CrossAttention(inner.llama, vit.width, k), inner.num_cross, next(keys)

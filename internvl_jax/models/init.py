@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from internvl_jax.models import lora
 from internvl_jax.models.chat import Chat, LanguageModel
@@ -47,6 +49,16 @@ def create(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
 def abstract(config: ModelConfig) -> dict[str, Any]:
     """The tree of `create` as ShapeDtypeStructs (with shardings when a mesh is set)."""
     return jax.eval_shape(functools.partial(_build, config), jax.random.key(0))
+
+
+def shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """The tree of `create` as NamedShardings over a mesh."""
+    with jax.set_mesh(mesh):
+        described = abstract(config)
+    return jax.tree.map(
+        lambda a: NamedSharding(mesh, a.sharding.spec if a.sharding is not None else P()),
+        described,
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -54,7 +54,7 @@ class InternVL(nnx.Module):
         if config.num_queries:
             # The paper initialises queries randomly; the release's zeros make all of them equal.
             self.queries = normal(
-                next(keys), (config.num_queries, llama.width), (None, "embed"), INIT_STD
+                next(keys), (config.num_queries, llama.width), (None, None), INIT_STD
             )
             self.cross = stack(
                 lambda k: CrossAttention(llama, vit.width, k), config.num_cross, next(keys)
@@ -167,7 +167,7 @@ class InternVL(nnx.Module):
         """
         queries = self.query_embeddings(ids.shape[0])
         x = jnp.concatenate([queries, self.llama.embed_tokens(ids)], axis=1)
-        valid = jnp.concatenate([jnp.ones(queries.shape[:2], bool), ids > 0], axis=1)
+        valid = jnp.concatenate([jnp.ones_like(queries[..., 0], bool), ids > 0], axis=1)
         mask = Prefix(self.config.num_queries) & Keys(valid)
         hidden, keys, values, _ = self.middleware(
             x, vision, mask=mask, positions=mask_positions(valid), cache=True

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from internvl_jax.sharding import spec
+from internvl_jax.sharding import replicate, spec
 
 INIT_STD = 0.02  # normal initialisation of weights, as in BEiT and LLaMA
 
@@ -83,10 +83,10 @@ class Embed(nnx.Module):
     def __init__(self, vocab_size: int, width: int, key: jax.Array):
         self.embedding = normal(key, (vocab_size, width), (None, "embed"), INIT_STD)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """int32 [B, T] → [B, T, W]."""
-        out = spec("batch", *(None,) * tokens.ndim)
-        return self.embedding[...].at[tokens].get(out_sharding=out)
+    def __call__(self, tokens: jax.Array, dtype: str) -> jax.Array:
+        """int32 [B, T] → [B, T, W]. The table is cast, then gathered like any FSDP weight."""
+        table = replicate(self.embedding[...].astype(dtype))
+        return table.at[tokens].get(out_sharding=spec("batch", None, None))
 
 
 class Mlp(nnx.Module):

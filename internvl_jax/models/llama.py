@@ -103,7 +103,7 @@ class Llama(nnx.Module):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, T] → [B, T, W] in the activation dtype; ids below 0 embed as id 0."""
-        return self.embed(jnp.maximum(tokens, 0)).astype(self.config.dtype)
+        return self.embed(jnp.maximum(tokens, 0), self.config.dtype)
 
     def tables(self, positions: jax.Array) -> Tables:
         """Rotary tables for positions [B, T]."""
