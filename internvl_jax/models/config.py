@@ -230,8 +230,8 @@ VITS = {
 }
 
 LLAMAS = {
-    "tiny": LlamaConfig(vocab_size=640, width=32, depth=3, num_heads=2, mlp_dim=64),
-    "demo": LlamaConfig(vocab_size=640, width=128, depth=4, num_heads=4, mlp_dim=352),
+    "tiny": LlamaConfig(vocab_size=960, width=32, depth=3, num_heads=2, mlp_dim=64),
+    "demo": LlamaConfig(vocab_size=960, width=128, depth=4, num_heads=4, mlp_dim=352),
     # Chinese-LLaMA-Alpaca, the text tower of stage 1 and the trunk of QLLaMA.
     "chinese_7b": LlamaConfig(
         vocab_size=49954, width=4096, depth=32, num_heads=32, mlp_dim=11008
