@@ -63,11 +63,11 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
         path = stack.enter_context(workdir.opened(directory))
         watch = stack.enter_context(preemption.Watch())
 
-        # --- data --------------------------------------------------------------------------------
-        pipeline = _pipeline(config, model_config)
+        # --- data, and whether the model knows all of its tokens ---------------------------------
+        shapes = states.on_mesh(init.abstract(model_config), mesh)
+        pipeline = _pipeline(config, model_config, shapes)
 
         # --- optimizer and the shapes of the whole state -----------------------------------------
-        shapes = states.on_mesh(init.abstract(model_config), mesh)
         learned, _ = rules.partition(shapes, config.trainable)
         tx, learning_rate = optimizer.make_optimizer(
             config.optimizer,
@@ -176,10 +176,17 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
     return last
 
 
-def _pipeline(config: Any, model_config: Any) -> pipelines.Pipeline:
+def _pipeline(config: Any, model_config: Any, shapes: dict) -> pipelines.Pipeline:
     """The data of `config.data`, this process's part of each batch."""
     fields = dict(config.data)
     tokenizer = Tokenizer(fields.pop("tokenizer", "") or None)
+    for path, leaf in rules.flatten(shapes).items():
+        # A token beyond the table would be looked up as NaN.
+        if path.endswith("embed/embedding") and leaf.shape[0] < tokenizer.vocab_size:
+            raise ValueError(
+                f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, but {path} has "
+                f"{leaf.shape[0]} rows; set model.vocab_size, or data.tokenizer to the model's own"
+            )
     return pipelines.build(
         **fields,
         batch_size=config.batch_size,
