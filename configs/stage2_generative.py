@@ -1,0 +1,59 @@
+"""Stage 2: generative pre-training of the language middleware QLLaMA.
+
+    internvl-jax train --config=stage2_generative --workdir=runs/stage2
+    internvl-jax train --config=stage2_generative:tiny --workdir=runs/tiny2    (a CPU, a minute)
+
+Contrastive, matching and captioning losses in one pass of the middleware, summed without weights.
+Both towers stay frozen, so 1 B of the 14 B parameters are trained. The paper used 160 A100-80G.
+Sources: arXiv 2312.14238, Table 20 and section 3.3; what is frozen also follows the released code.
+"""
+
+from ml_collections import ConfigDict
+
+from internvl_jax.configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    words = common.options(arg, "tiny")
+    config = common.experiment()
+    config.objective = "generative"
+    config.objective_options = ConfigDict(dict(label_smoothing=0.0))  # released default
+    config.model.update(image_size=224, drop_path=0.0)
+    # Queries, cross-attention and the two heads are new; all else comes from stage 1, except the
+    # language head, which stage 1 does not hold and the LLaMA checkpoint does.
+    config.init_from = (
+        dict(path="runs/stage1_224"),
+        dict(path="checkpoints/chinese_llama_7b"),
+    )
+    config.trainable = r"queries|cross/.*|pool2/.*|match_head/.*|logit_scale"
+    config.optimizer.update(
+        learning_rate=((r".*", 5e-5),),
+        warmup_steps=2_000,
+        b1=0.9,
+        b2=0.98,
+        weight_decay=0.05,
+        clip_norm=1.0,  # not stated
+    )
+    config.batch_size = 20_480  # "20K" = 160 devices × 128
+    config.steps = 80_000  # 1.6 B samples
+    config.data.update(
+        task="generative",
+        image_size=224,
+        augment="random_resized_crop",
+        tokenizer="checkpoints/chinese_llama_7b/tokenizer.model",  # 49,954 pieces
+    )
+    with config.ignore_type():
+        config.data.sources = (  # weight: millions of pairs after filtering (Table 2)
+            ("jsonl:data/laion-en-stage2.jsonl", 91.0),
+            ("jsonl:data/laion-coco.jsonl", 550.0),
+            ("jsonl:data/coyo-stage2.jsonl", 200.0),
+            ("jsonl:data/cc12m.jsonl", 11.1),
+            ("jsonl:data/cc3m.jsonl", 2.6),
+            ("jsonl:data/sbu.jsonl", 1.0),
+            ("jsonl:data/wukong.jsonl", 69.4),
+            ("jsonl:data/laion-multi-stage2.jsonl", 100.0),
+        )
+    if "tiny" in words:
+        common.tiny(config)
+        config.model.image_size = 32
+    return config

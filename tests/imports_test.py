@@ -1,0 +1,87 @@
+"""Imports flow one way, and what a Colab user imports needs few packages."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "internvl_jax"
+
+# part → the parts of the package that it may import; what is not listed may import everything.
+ALLOWED = {
+    "rules": set(),
+    "sharding": set(),
+    "kernels": {"sharding"},
+    "models": {"kernels", "rules", "sharding"},
+    "losses": {"sharding"},
+    "objectives": {"kernels", "losses", "models", "sharding"},
+    "decoding": {"models", "sharding"},
+    "beam_search": {"decoding", "models", "sharding"},
+    "generate": {"beam_search", "decoding", "models", "sharding"},
+    "data": set(),
+    "evals": {"beam_search", "data", "decoding", "generate", "models", "sharding"},
+    "convert": {"models", "rules", "sharding"},
+    "train": {"data", "evals", "losses", "models", "objectives", "rules", "sharding"},
+    "configuration": {"data", "models", "objectives"},
+}
+HOST_ONLY = {"jax", "flax", "optax", "orbax", "torch"}
+
+
+def imported(file: Path) -> set[str]:
+    """Absolute names that a file imports anywhere, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: import absolutely"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def files(part: str) -> list[Path]:
+    folder = PACKAGE / part
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{part}.py"]
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_a_part_imports_only_what_lies_below_it(part):
+    for file in files(part):
+        inside = {n.split(".")[1] for n in imported(file) if n.startswith("internvl_jax.")}
+        wrong = inside - ALLOWED[part] - {part}
+        assert not wrong, f"{file.relative_to(PACKAGE)} imports {sorted(wrong)}"
+
+
+def test_every_part_of_the_package_has_its_arrows():
+    parts = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or any(p.glob("*.py"))}
+    assert parts - set(ALLOWED) <= {"__init__", "cli", "demo"}
+
+
+def test_data_runs_on_hosts_without_an_accelerator_library():
+    for file in files("data"):
+        wrong = {name.split(".")[0] for name in imported(file)} & HOST_ONLY
+        assert not wrong, f"{file.relative_to(PACKAGE)} imports {sorted(wrong)}"
+
+
+def test_only_the_experiment_boundary_knows_config_dicts():
+    for part in set(ALLOWED) - {"configuration", "train"}:
+        for file in files(part):
+            assert not any(name.startswith("ml_collections") for name in imported(file)), file
+
+
+@pytest.mark.parametrize("module", ["internvl_jax.models", "internvl_jax.kernels"])
+def test_models_and_kernels_need_only_jax_flax_and_numpy(module):
+    code = f"""if True:
+        import sys, jax, flax.nnx, numpy
+        before = set(sys.modules)
+        import {module}
+        print(*(set(sys.modules) - before))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = {name.split(".")[0] for name in done.stdout.split()} - sys.stdlib_module_names
+    assert loaded <= {"internvl_jax", "jax", "jaxlib", "flax", "numpy"}
