@@ -38,6 +38,7 @@ def contrastive_text(caption: str) -> str:
     return SUMMARIZE + clean_caption(caption)
 
 
+@functools.lru_cache(1 << 16)
 def captioning_example(tokenizer, caption: str, language: str, length: int):
     """Prompt, caption and end of text for the captioning loss: (ids, labels), int32 [length].
 
@@ -53,6 +54,7 @@ def captioning_example(tokenizer, caption: str, language: str, length: int):
     stop = len(prompt) + len(body)
     ids[:stop] = prompt + body
     labels[len(prompt) - 1 : stop] = ids[len(prompt) - 1 : stop]
+    ids.flags.writeable = labels.flags.writeable = False  # shared by the cache
     return ids, labels
 
 

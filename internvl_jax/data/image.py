@@ -81,4 +81,5 @@ def random_resized_crop(
     else:
         w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
         left, top = (width - w) // 2, (height - h) // 2
-    return np.asarray(image.resize((size, size), _BICUBIC, (left, top, left + w, top + h)))
+    # Cut first: resize with a box would mix in pixels from outside the part.
+    return np.asarray(image.crop((left, top, left + w, top + h)).resize((size, size), _BICUBIC))

@@ -8,7 +8,7 @@ import functools
 
 from internvl_jax.data import scenes, text
 
-_YES_NO = {"en": ("yes", "no"), "zh": ("是", "否"), "ko": ("예", "아니요"), "es": ("sí", "no")}
+YES_NO = {"en": ("yes", "no"), "zh": ("是", "否"), "ko": ("예", "아니요"), "es": ("sí", "no")}
 _ASK = {
     "en": {
         "color": "what color is the object?",
@@ -90,7 +90,7 @@ def about_scene(description: tuple, language: str) -> tuple[tuple[str, str], ...
     ask = _ASK[language]
     phrases = [text.Phrase(text.noun(*item, language)) for item in objects]
     pairs = [(ask["count"], _COUNTS[language][len(objects) - 1])]
-    yes, no = _YES_NO[language]
+    yes, no = YES_NO[language]
     pairs += [(ask["is_there"].format(a=phrases[0]), yes)]
     pairs += [(ask["is_there"].format(a=_absent(description, language)), no)]
     if relation is None:
@@ -122,7 +122,7 @@ def about_scene(description: tuple, language: str) -> tuple[tuple[str, str], ...
 @functools.cache
 def about_digit(digit: int, language: str) -> tuple[tuple[str, str], ...]:
     """All (question, answer) pairs of a handwritten digit."""
-    ask, (yes, no) = _ASK[language], _YES_NO[language]
+    ask, (yes, no) = _ASK[language], YES_NO[language]
     names = text.DIGITS[language]
     return (
         (ask["digit"], names[digit]),

@@ -6,7 +6,7 @@ by the three, and the pixel noise from a second stream whose key is stored in th
 
 The bounding boxes of the objects always cover at least 40 % of the frame. In a scene of one
 object the box side is 0.85-0.94 (large) or 0.68-0.74 (small) of the frame; two objects are
-0.585-0.60 with 0.365-0.38 (large and small) or 0.482-0.49 each (two large ones), so that they fit
+0.585-0.60 with 0.365-0.38 (large and small) or 0.485-0.492 each (two large ones), so that they fit
 side by side without touching. Two small objects do not occur: they could not fill the frame.
 
 Six of the 48 colour-shape pairs are held out: no training scene contains them in any place.
@@ -43,7 +43,7 @@ UNSEEN_PAIRS = tuple(pair for pair in ALL_PAIRS if pair in HELD_OUT_PAIRS)
 # "relation_swap" show the same two objects with their places exchanged.
 SPLITS = ("train", "test", "test_single", "unseen_pairs", "relation_swap")
 
-_RGB = {
+RGB = {
     "red": (0.86, 0.10, 0.12),
     "orange": (0.97, 0.52, 0.06),
     "yellow": (0.97, 0.90, 0.14),
@@ -170,7 +170,7 @@ def _pair_scene(rng, swap_with=None) -> Scene:
     if swap_with is not None:
         pairs, sizes, rng = pairs[::-1], sizes[::-1], swap_with
     if sizes == ("large", "large"):
-        sides = [_between(rng, 0.482, 0.49) for _ in sizes]
+        sides = [_between(rng, 0.485, 0.492) for _ in sizes]
     else:
         sides = [_between(rng, *((0.585, 0.60) if s == "large" else (0.365, 0.38))) for s in sizes]
     # Along the relation's axis the objects share what is left of the frame as three gaps;
@@ -218,7 +218,7 @@ def render(scenes, image_size: int = 48) -> np.ndarray:
                 continue
             objects = [chunk[i].objects[slot] for i in members]
             alpha = _coverage(objects, image_size)[:, None]
-            base = np.array([_RGB[o.color] for o in objects]) + [o.tint for o in objects]
+            base = np.array([RGB[o.color] for o in objects]) + [o.tint for o in objects]
             # Light from above: the top of a shape is a little brighter than its bottom.
             light = np.linspace(1.06, 0.94, image_size)[:, None]
             paint = np.clip(base[:, :, None, None] * light, 0, 1).astype(np.float32)

@@ -219,7 +219,7 @@ class JsonlImages:
         if not isinstance(captions, dict):
             captions = {self.language: captions}
         captions = {
-            key: (value,) if isinstance(value, str) else tuple(value)
+            key: tuple(value) if isinstance(value, list) else (value,)
             for key, value in captions.items()
         }
         if not all(isinstance(c, str) for values in captions.values() for c in values):

@@ -115,6 +115,8 @@ def noun(color: str, shape: str, size: str | None, language: str, article: bool 
 
     Without `article` English and Spanish drop it and Chinese its numeral and measure word.
     """
+    if language not in LANGUAGES:
+        raise ValueError(f"no words for language {language!r}; there are {', '.join(LANGUAGES)}")
     if language == "en":
         words = " ".join(word for word in (size, color, shape) if word)
         return f"{'an' if words[0] in 'aeiou' else 'a'} {words}" if article else words
@@ -125,11 +127,9 @@ def noun(color: str, shape: str, size: str | None, language: str, article: bool 
         return f"{counter}{tint}的{extent}{name}" if extent else f"{counter}{tint}{name}"
     if language == "ko":
         return " ".join(word for word in (extent, tint, name) if word)
-    if language == "es":
-        gender = 1 if shape in _FEMININE else 0
-        words = (name, tint[gender]) + ((extent[gender],) if extent else ())
-        return " ".join((("un", "una")[gender], *words) if article else words)
-    raise ValueError(f"no words for language {language!r}; there are {', '.join(LANGUAGES)}")
+    gender = 1 if shape in _FEMININE else 0
+    words = (name, tint[gender]) + ((extent[gender],) if extent else ())
+    return " ".join((("un", "una")[gender], *words) if article else words)
 
 
 def definite(color: str | None, shape: str, language: str) -> str:

@@ -53,7 +53,9 @@ class Tokenizer:
         self._control = self._pattern(i for i in self._special)
         symbols = _user_defined(model)
         self._symbols = self._pattern(symbols) if symbols else None
+        # Training draws the same texts over and over.
         self._cached = functools.lru_cache(_CACHE_SIZE)(self._pieces)
+        self._row = functools.lru_cache(_CACHE_SIZE)(self._padded)
 
     def encode(
         self,
@@ -79,11 +81,9 @@ class Tokenizer:
         self, texts: Sequence[str], length: int, *, bos: bool = True, eos: bool = True
     ) -> np.ndarray:
         """Right-padded ids of many texts: int32 [N, length], 0 after the end."""
-        result = np.full((len(texts), length), PAD_ID, np.int32)
-        for row, text in zip(result, texts, strict=True):
-            ids = self.encode(text, bos=bos, eos=eos, length=length)
-            row[: len(ids)] = ids
-        return result
+        if not texts:
+            return np.zeros((0, length), np.int32)
+        return np.stack([self._row(text, length, bos, eos) for text in texts])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids. Special, padding and placeholder ids (negative) are left out.
@@ -96,6 +96,12 @@ class Tokenizer:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The vocabulary entries behind ids."""
         return [self._model.id_to_piece(int(i)) for i in ids]
+
+    def _padded(self, text, length, bos, eos):
+        row = np.full(length, PAD_ID, np.int32)
+        ids = self.encode(text, bos=bos, eos=eos, length=length)
+        row[: len(ids)] = ids
+        return row
 
     def _pieces(self, text, parse_special):
         if not parse_special:
