@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
     mesh = sharding.make_mesh(**config.mesh)
     model_config = models.from_dict(config.model)
     sharding.check_divisible(model_config, mesh, config.batch_size)
+    evaluators = _evaluators(config)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -81,6 +82,7 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
 
         # --- own work directory, else init_from, else scratch ------------------------------------
         checkpoints = checkpoint.Checkpoints(path / "checkpoints", keep=config.checkpoint.keep)
+        stack.callback(checkpoints.close)
         for name in checkpoints.removed:
             _say(f"removed {name}, which an interrupted save left behind")
         workdir.claim(path, settings, pipeline.fingerprint, resuming=bool(checkpoints.steps()))
@@ -105,14 +107,10 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
             return objective(init.bind(model_config, params), batch, key=key)
 
         train_step = make_train_step(loss_fn, tx, seed=config.seed, learning_rate=learning_rate)
-        evaluators = _evaluators(config)
         start = int(state.step)
         log = metrics.MetricsLog(path, start=start, steps=config.steps)
         stack.callback(log.close)
         speed, spikes = metrics.Speed(), metrics.SpikeDetector()
-        save = functools.partial(
-            checkpoints.save, config=settings, data_fingerprint=pipeline.fingerprint
-        )
         last: dict[str, float] = {}
 
         def report(step: int, device_metrics: Mapping[str, jax.Array]) -> None:
@@ -127,12 +125,32 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
                     f"step {step}: loss {values['loss']:g}, gradient norm "
                     f"{values['grad_norm']:g}; update skipped; {_batch_of(step, pipeline)}"
                 )
-            last.update(values)
             if step % config.log_every == 0 or step == config.steps:
-                last.update(speed.report())
-                log.write(step, last)
+                values.update(speed.report())
+                log.write(step, values)
+            last.update(values)
             if values["nonfinite_in_a_row"] >= config.max_nonfinite:
+                _tolerant(checkpoints.wait)
                 raise NonFiniteError(_nonfinite_report(step, config, checkpoints, pipeline))
+
+        def evaluate(step: int, names: list[str]) -> None:
+            for name in names:
+                results = evaluators[name].run(model_config, state.params)
+                figures = {f"{name}.{key}": float(value) for key, value in results}
+                log.write(step, figures)
+                last.update(figures)
+
+        def save(must: bool) -> None:
+            """Start saving the state; only where it `must` succeed is a failure the run's end."""
+            _tolerant(checkpoints.wait)
+            begin = functools.partial(
+                checkpoints.save, state, config=settings, data_fingerprint=pipeline.fingerprint
+            )
+            if must:
+                begin()
+                checkpoints.wait()
+            else:
+                _tolerant(begin)
 
         # --- the loop ----------------------------------------------------------------------------
         # `state.step` counts updates attempted. The batch of update i is batch i of the pipeline,
@@ -155,24 +173,21 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
             if saving or due:
                 report(*pending)
                 pending = None
+            aside = time.monotonic()
             if saving:
-                _save(save, state, must=leaving or step == config.steps)
+                save(must=leaving or step == config.steps)
             if leaving:
-                checkpoints.close()
                 _say(
                     f"saved step {step} of {config.steps} in {path}; the same command with the "
                     "same --workdir continues from there"
                 )
                 raise SystemExit(watch.exit_code)
-            for name in due:
-                results = evaluators[name].run(model_config, state.params)
-                figures = {f"{name}.{key}": float(value) for key, value in results}
-                log.write(step, figures)
-                last.update(figures)
-            _save(checkpoints.poll)
-        if pending is not None:
-            report(*pending)
-        checkpoints.close()
+            evaluate(step, due)
+            _tolerant(checkpoints.poll)
+            speed.exclude(time.monotonic() - aside)
+        if start >= config.steps:
+            _say(f"{path} has its {config.steps} steps already; nothing to train")
+            evaluate(start, list(evaluators))
     return last
 
 
@@ -252,13 +267,11 @@ def _nonfinite_report(step: int, config: Any, checkpoints: Any, pipeline: Any) -
     )
 
 
-def _save(action: Any, *arguments: Any, must: bool = False) -> None:
-    """Save, or see how a save went; unless it `must` succeed, a failure is only reported."""
+def _tolerant(action: Callable[[], Any]) -> None:
+    """Do something about a checkpoint whose failure the run survives, and report a failure."""
     try:
-        action(*arguments)
+        action()
     except checkpoint.CheckpointError as error:
-        if must:
-            raise
         _say(f"warning: {error}; training goes on, and the next save tries again")
 
 

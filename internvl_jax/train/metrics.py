@@ -182,6 +182,10 @@ class Speed:
         self._waited += waited
         self._examples += images_in(batch)
 
+    def exclude(self, seconds: float) -> None:
+        """Leave out time that went into something else than steps: saving, evaluating."""
+        self._since += seconds
+
     def report(self) -> dict[str, float]:
         """The figures of the steps since the last report; empty if there were none."""
         elapsed = time.monotonic() - self._since

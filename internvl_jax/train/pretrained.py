@@ -46,16 +46,19 @@ def read_params(path: str | Path, abstract: dict | None = None) -> tuple[dict, d
     """(params, meta) of a checkpoint, every array verified; meta["config"] is its experiment.
 
     abstract: tree with shardings, as `state.on_mesh(models.init.abstract(config), mesh)`; without
-      it every array lies whole on the first device.
+      it every array lies whole on each device of the current mesh, or on the first device.
     Raises CheckpointCorrupt if the checkpoint is damaged, CheckpointError if it does not fit.
     """
     directory = find_step(path)
     meta = read_meta(directory)
     if abstract is None:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        mesh = jax.sharding.get_mesh()
+        whole = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        if not mesh.empty:
+            whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         abstract = rules.unflatten(
             {
-                p: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+                p: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
                 for p, (shape, dtype) in _stored(meta).items()
             }
         )
