@@ -1,0 +1,109 @@
+"""Zero-shot classification: the class whose prompts lie nearest to the image.
+
+Protocol of the paper's Tables 6 and 16: each class's prompts get the prefix "summarize:", are
+encoded and brought to unit length, averaged, and brought to unit length again.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from internvl_jax.data import conversation, scenes, sources, text
+from internvl_jax.data.tokenizer import Tokenizer
+from internvl_jax.evals import features, scores
+from internvl_jax.models import InternVLConfig
+
+
+def class_embeddings(
+    config: InternVLConfig,
+    params: features.Params,
+    prompts: Sequence[Sequence[str]],
+    tokenizer: Tokenizer,
+    text_length: int,
+    batch_size: int = 100,
+) -> np.ndarray:
+    """One unit embedding per class, [C, E], from its prompts (without the prefix)."""
+    flat = [conversation.SUMMARIZE + prompt for group in prompts for prompt in group]
+    ids = tokenizer.encode_batch(flat, text_length)
+    embeddings = features.text_features(config, params, ids, batch_size)
+    ends = np.cumsum([len(group) for group in prompts])[:-1]
+    means = np.stack([part.mean(axis=0) for part in np.split(embeddings, ends)])
+    return means / np.linalg.norm(means, axis=-1, keepdims=True)
+
+
+@dataclass
+class ZeroShot:
+    """Top-1 over the embedded scenes' 48 colour-shape classes and over the ten digits.
+
+    Figures, as fractions: `scenes.<lang>` on held-out images of seen pairs; `unseen_pairs.<lang>`
+    on pairs that training never shows, still among all 48; `unseen_color` and `unseen_shape`, the
+    part of the English class predicted for those that is right; `digits.<lang>`.
+
+    `details`: "<set>.<lang>" → labels, predicted and confusion; "classes.<set>" → names.
+    """
+
+    tokenizer: Tokenizer
+    languages: tuple[str, ...] = text.LANGUAGES
+    text_length: int = 64
+    mode: str = "c"
+    batch_size: int = 100
+    every: int = 1
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def run(
+        self, config: InternVLConfig, params: features.Params
+    ) -> Iterator[tuple[str, float]]:
+        """Evaluate, yielding (name, value)."""
+        self.details = {
+            "classes.scenes": [" ".join(pair) for pair in scenes.ALL_PAIRS],
+            "classes.digits": list(text.DIGITS["en"]),
+        }
+        size = config.vit.image_size
+        sets = {
+            "scenes": (*_labelled("test_single", size), text.class_prompts),
+            "unseen_pairs": (*_labelled("unseen_pairs", size), text.class_prompts),
+            "digits": (*_digits(size), text.digit_prompts),
+        }
+        encoded = {
+            name: features.image_features(config, params, images, self.mode, self.batch_size)
+            for name, (images, _, _) in sets.items()
+        }
+        embeddings: dict[Any, np.ndarray] = {}
+        for name, (_, labels, prompts) in sets.items():
+            for language in self.languages:
+                if (prompts, language) not in embeddings:
+                    embeddings[prompts, language] = class_embeddings(
+                        config,
+                        params,
+                        prompts(language),
+                        self.tokenizer,
+                        self.text_length,
+                        self.batch_size,
+                    )
+                classes = embeddings[prompts, language]
+                predicted = np.argmax(encoded[name] @ classes.T, axis=-1)
+                self.details[f"{name}.{language}"] = {
+                    "labels": labels,
+                    "predicted": predicted,
+                    "confusion": scores.confusion(labels, predicted, len(classes)),
+                }
+                yield f"{name}.{language}", float(np.mean(predicted == labels))
+        if "en" in self.languages:
+            unseen = self.details["unseen_pairs.en"]
+            pairs = np.array(scenes.ALL_PAIRS)
+            right = pairs[unseen["predicted"]] == pairs[unseen["labels"]]
+            yield "unseen_color", float(right[:, 0].mean())
+            yield "unseen_shape", float(right[:, 1].mean())
+
+
+def _labelled(split: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+    source = sources.EmbeddedScenes(split, image_size=size)
+    labels = [source.texts(i)["class_index"] for i in range(len(source))]
+    return source.images, np.array(labels)
+
+
+def _digits(size: int) -> tuple[np.ndarray, np.ndarray]:
+    source = sources.EmbeddedDigits("test", size)
+    return source.images, source.labels
