@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -264,6 +265,10 @@ class TorchTensors:
     def read(self, key: str) -> np.ndarray:
         rule, layer = self._places[key]
         array = self._parameters[rule.ours]
-        array = np.asarray(array if layer is None else array[layer])
+        # Slicing on an accelerator moves one layer; on the host it would only cost a compilation.
+        if isinstance(array, jax.Array) and next(iter(array.devices())).platform != "cpu":
+            array = array if layer is None else array[layer]
+            layer = None
+        array = np.asarray(array) if layer is None else np.asarray(array)[layer]
         spec = self.specs[key]
         return np.ascontiguousarray(rule.op.to_torch(array), spec.dtype).reshape(spec.shape)
