@@ -21,7 +21,15 @@ from internvl_jax.data import pipelines
 from internvl_jax.data.tokenizer import Tokenizer
 from internvl_jax.models import config as models
 from internvl_jax.models import init
-from internvl_jax.train import checkpoint, metrics, optimizer, preemption, pretrained, workdir
+from internvl_jax.train import (
+    checkpoint,
+    flops,
+    metrics,
+    optimizer,
+    preemption,
+    pretrained,
+    workdir,
+)
 from internvl_jax.train import state as states
 from internvl_jax.train.step import make_train_step
 
@@ -103,14 +111,15 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
             objectives.OBJECTIVES[config.objective], **config.objective_options
         )
 
-        def loss_fn(params, batch, key):
+        def loss_fn(params, batch, key, model_config=model_config):
             return objective(init.bind(model_config, params), batch, key=key)
 
         train_step = make_train_step(loss_fn, tx, seed=config.seed, learning_rate=learning_rate)
         start = int(state.step)
         log = metrics.MetricsLog(path, start=start, steps=config.steps)
         stack.callback(log.close)
-        speed, spikes = metrics.Speed(), metrics.SpikeDetector()
+        speed = metrics.Speed(_model_flops(config, loss_fn, state, pipeline))
+        spikes = metrics.SpikeDetector()
         last: dict[str, float] = {}
 
         def report(step: int, device_metrics: Mapping[str, jax.Array]) -> None:
@@ -250,6 +259,20 @@ def _evaluators(config: Any) -> dict[str, Any]:
     from internvl_jax.evals import evaluator
 
     return evaluator.build(config.evals, config)
+
+
+def _model_flops(config: Any, loss_fn: Any, state: Any, pipeline: Any) -> float | None:
+    """Model FLOPs of one step, where a utilisation can be reported at all."""
+    if jax.devices()[0].device_kind not in metrics.PEAK_FLOPS:
+        return None
+    plain = models.from_dict({**config.model, "remat": "none"})
+
+    def losses(trainable, batch):
+        params = rules.merge(trainable, state.frozen)
+        return loss_fn(params, batch, jax.random.key(0), model_config=plain)
+
+    batch = to_devices(pipeline.batch(0), jax.sharding.get_mesh())
+    return flops.count(jax.value_and_grad(losses, has_aux=True), state.trainable, batch)
 
 
 def _batch_of(step: int, pipeline: Any) -> str:

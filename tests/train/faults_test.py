@@ -134,13 +134,13 @@ def test_kills_while_saving_leave_the_newest_committed_step(tmp_path):
         restored.append(int(run.output().split("restored ")[1].split()[0]))
         removed += "removed " in run.output()
         committed = restored[-1]
+        # When the third save begins, the first is committed and the second is under way.
+        run.wait_for(f"saving {committed + 3}\n")
         if trial % 2:
             # Between the writing of arrays and the commit.
-            run.wait_for(f"saving {committed + 3}\n")
             while not list(directory.glob("*tmp*")):
                 time.sleep(0.0005)
         else:
-            run.wait_for(f"saving {committed + 2}\n")
             time.sleep(generator.uniform(0, 0.3))
         run.send(signal.SIGKILL)
         assert run.finish() == -signal.SIGKILL
