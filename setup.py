@@ -47,7 +47,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["internvl_jax", "internvl_jax.*"]), "internvl_jax.configs"],
     package_dir={"internvl_jax.configs": "configs"},
-    package_data={"internvl_jax": ["assets/**"]},
+    package_data={"internvl_jax": ["assets/**", "demo/*.html"]},
     install_requires=CORE,
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],

@@ -6,7 +6,9 @@ anything unexpected keeps its traceback.
 """
 
 import argparse
+import dataclasses
 import json
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +18,8 @@ from typing import Any, NoReturn
 from internvl_jax import configuration
 
 CONFIG_HELP = "config file or shipped name, with an optional :argument (stage1_contrastive:tiny)"
+
+CHECKPOINT_HELP = 'work directory or step of a run, official weights, or "demo"'
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,49 +44,81 @@ def _train(parser: _Parser) -> Callable[[argparse.Namespace], None]:
         config = configuration.load(args.config, args.overrides)
         from internvl_jax.train import loop
 
-        try:
-            loop.train(config, args.workdir)
-        except KeyboardInterrupt:
-            print(
-                f"interrupted; the same command continues from the last checkpoint in "
-                f"{args.workdir}",
-                file=sys.stderr,
-            )
-            sys.exit(130)
+        loop.train(config, args.workdir)
 
     return run
 
 
 def _evaluate(parser: _Parser) -> Callable[[argparse.Namespace], None]:
     """Evaluate a checkpoint and print one line per figure."""
-    parser.add_argument("--checkpoint", required=True, help='work directory, or "demo"')
-    parser.add_argument("--evals", required=True, help="comma-separated, or all of the config's")
-    parser.add_argument("--config", help=f"{CONFIG_HELP}; default: the checkpoint's own")
-    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
+    parser.add_argument("--evals", default="", help="comma-separated; default: all that it serves")
+    parser.add_argument("--config", help=f"{CONFIG_HELP}; default: that of the checkpoint's run")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
 
     def run(args: argparse.Namespace) -> None:
-        config = configuration.load(args.config, args.overrides) if args.config else None
+        own = configuration.load(args.config, args.overrides).to_dict() if args.config else None
+        from internvl_jax import loading
         from internvl_jax.evals import evaluate
 
-        metrics = evaluate.evaluate(args.checkpoint, args.evals.split(","), config)
-        for name, value in metrics.items():
+        model = loading.load(args.checkpoint)
+        names = [name for name in args.evals.split(",") if name]
+        experiment = own or model.experiment
+        figures = evaluate.evaluate(model.config, model.params, names, experiment)
+        for name, value in figures.items():
             print(f"{name} {value:.4f}")
         if args.json:
-            Path(args.json).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            text = json.dumps(figures, indent=2) + "\n"
+            Path(args.json).write_text(text, encoding="utf-8")
+
+    return run
+
+
+def _generate(parser: _Parser) -> Callable[[argparse.Namespace], None]:
+    """Describe an image, or answer a question about it."""
+    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
+    parser.add_argument("--image", required=True, help="an image file")
+    parser.add_argument("--question", help="ask this of a chat model instead of a caption")
+    parser.add_argument("--language", default="en", help="of the caption; default: %(default)s")
+
+    def run(args: argparse.Namespace) -> None:
+        from internvl_jax import loading
+        from internvl_jax.data import image
+
+        picture = image.read(args.image)
+        model = loading.load(args.checkpoint)
+        if args.question:
+            print(model.chat(picture, args.question))
+        else:
+            print(*model.caption([picture], args.language))
 
     return run
 
 
 def _convert(parser: _Parser) -> Callable[[argparse.Namespace], None]:
-    """Convert a checkpoint between the official PyTorch layouts and this project's."""
-    parser.add_argument("source", metavar="SRC", help="file or folder to read")
+    """Convert official weights to a checkpoint, or a checkpoint to official weights."""
+    parser.add_argument("source", metavar="SRC", help="official weights, or a work directory")
     parser.add_argument("target", metavar="DST", help="folder to write; must not exist")
-    parser.add_argument("--layout", required=True, help="name of the PyTorch layout")
+    parser.add_argument("--layout", help="official layout to write; for a checkpoint as SRC only")
+    parser.add_argument("--dtype", help="of the parameters, as bfloat16; default: as they are")
 
     def run(args: argparse.Namespace) -> None:
-        from internvl_jax import convert
+        from internvl_jax import convert, loading
+        from internvl_jax.train import pretrained
 
-        print(convert.convert(args.source, args.target, args.layout))
+        model = loading.load(args.source, args.dtype)
+        if args.layout and not model.experiment:
+            parser.error(f"{args.source} is in an official layout already; leave --layout out")
+        if model.experiment:
+            layout = args.layout or "internvl-14b"
+            files = convert.export(model.params, model.config, args.target, layout)
+            print(f"wrote {len(files)} file(s) of layout {layout} to {args.target}")
+        else:
+            experiment = _experiment_of(model, Path(args.target))
+            pretrained.save_params(args.target, model.params, config=experiment)
+            print(f"wrote a checkpoint to {args.target}; name it in init_from")
+        if model.tokenizer:
+            shutil.copy(model.tokenizer.path, Path(args.target) / "tokenizer.model")
 
     return run
 
@@ -99,7 +135,13 @@ def _demo(parser: _Parser) -> Callable[[argparse.Namespace], None]:
     return run
 
 
-COMMANDS = {"train": _train, "evaluate": _evaluate, "convert": _convert, "demo": _demo}
+COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "convert": _convert,
+    "demo": _demo,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -108,9 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(words)
     try:
         args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(130)
     except configuration.ConfigError as error:
         _fail(error, 2)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         if not _is_readable(error):
             raise
         _fail(error, 1)
@@ -139,6 +184,21 @@ def _parse(words: list[str]) -> argparse.Namespace:
     args = parser.parse_args(words)
     args.overrides = overrides
     return args
+
+
+def _experiment_of(model: Any, target: Path) -> dict[str, Any]:
+    """What a checkpoint in `target` records of a model that no run of ours made."""
+    from internvl_jax.models.config import FAMILIES
+
+    named = [
+        {"family": family, "size": size}
+        for family, sizes in FAMILIES.items()
+        for size, config in sizes.items()
+        if config == model.config
+    ]
+    fields = named[0] if named else dataclasses.asdict(model.config)
+    tokenizer = str(target.absolute() / "tokenizer.model") if model.tokenizer else ""
+    return {"model": fields, "data": {"tokenizer": tokenizer}}
 
 
 def _split_overrides(words: list[str]) -> tuple[list[tuple[str, str]], list[str]]:

@@ -30,9 +30,9 @@ class ConfigError(ValueError):
 def nearest(word: str, choices: Iterable[str]) -> str:
     """The phrase "nearest: a, b" for an unknown word, or all choices where none is near."""
     choices = sorted(set(choices))
-    # A key may be known to the user by its last part alone: weight_decay, not optimizer.….
-    tails = [c for c in choices if c.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
-    found = list(dict.fromkeys([*tails, *difflib.get_close_matches(word, choices, 3, 0.5)]))[:3]
+    # The user may know a key by its last part (weight_decay), or a name by its first (stage1).
+    parts = [c for c in choices if c.split(".")[-1] == word.split(".")[-1] or c.startswith(word)]
+    found = list(dict.fromkeys([*parts, *difflib.get_close_matches(word, choices, 3, 0.5)]))[:3]
     return f"nearest: {', '.join(found)}" if found else f"valid: {', '.join(choices)}"
 
 
@@ -101,6 +101,7 @@ def check(config: ConfigDict) -> None:
     """
     from internvl_jax import objectives
     from internvl_jax.data import conversation, pipelines, text
+    from internvl_jax.evals import evaluator
     from internvl_jax.models import config as models
 
     _one_of("objective", config.objective, objectives.OBJECTIVES)
@@ -113,6 +114,8 @@ def check(config: ConfigDict) -> None:
     _one_of("data.template", config.data.template, conversation.TEMPLATES)
     for language in config.data.languages:
         _one_of("data.languages", language, text.LANGUAGES)
+    for name in config.evals:
+        _one_of("evals", name, evaluator.EVALUATORS)
     for source, _ in config.data.sources:
         if not source.startswith("jsonl:"):
             _one_of("data.sources", source.partition("/")[0], ("scenes", "digits", "jsonl:PATH"))

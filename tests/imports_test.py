@@ -21,10 +21,11 @@ ALLOWED = {
     "beam_search": {"decoding", "models", "sharding"},
     "generate": {"beam_search", "decoding", "models", "sharding"},
     "data": set(),
-    "evals": {"beam_search", "data", "decoding", "generate", "models", "sharding"},
+    "evals": {"beam_search", "data", "decoding", "generate", "kernels", "models", "sharding"},
     "convert": {"models", "rules", "sharding"},
     "train": {"data", "evals", "losses", "models", "objectives", "rules", "sharding"},
-    "configuration": {"data", "models", "objectives"},
+    "loading": {"convert", "data", "decoding", "evals", "models", "sharding", "train"},
+    "configuration": {"data", "evals", "models", "objectives"},
 }
 HOST_ONLY = {"jax", "flax", "optax", "orbax", "torch"}
 
