@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,8 +16,9 @@ from tests.train import driver
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
+def cache():
+    # Kept between sessions: the second `make test` compiles nothing here.
+    return Path(__file__).parents[2] / ".cache" / "tests_train"
 
 
 @pytest.fixture
