@@ -200,6 +200,14 @@ def test_augmentation_is_repeatable_and_changes_pictures():
     assert not (plain.batch(3)["image"] == cropped.batch(3)["image"]).all((1, 2, 3)).any()
 
 
+def test_flipping_mirrors_about_half_of_the_cropped_images():
+    cropped = build(augment="random_resized_crop", batch_size=64).batch(3)["image"]
+    flipped = build(augment="random_resized_crop_and_flip", batch_size=64).batch(3)["image"]
+    kept = (flipped == cropped).all((1, 2, 3))
+    mirrored = (flipped == cropped[:, :, ::-1]).all((1, 2, 3))
+    assert (kept | mirrored).all() and 16 < (mirrored & ~kept).sum() < 48
+
+
 def test_fingerprint_follows_everything_that_decides_the_batches():
     source = sources.EmbeddedScenes("train", 300, 24)
     variants = [
