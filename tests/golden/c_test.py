@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import numpy as np
 import pytest
 
@@ -45,14 +44,14 @@ def compare_all(config, params, case, compare, suffix):
 
 @functools.cache
 def encoder(config):
-    return jax.jit(lambda params, ids: bind(config, params).encode_text(ids))
+    return cases.jit(lambda params, ids: bind(config, params).encode_text(ids))
 
 
 @functools.cache
 def outputs(config):
     """A compiled function from parameters and inputs to {name of a recorded output: ours}."""
 
-    @jax.jit
+    @cases.jit
     def run(params, pixels, ids):
         model = bind(config, params)
         vision = model.vision(pixels)

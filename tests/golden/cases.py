@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from internvl_jax.convert import load_torch_layout
@@ -22,6 +23,15 @@ RELATIVE_GRADIENT, ABSOLUTE_GRADIENT = 1e-4, 1e-6
 
 RUN = ("V", "Q", "C", "L")  # categories with a test module here
 LATER = ("G", "P", "H", "H2", "K", "I")  # generation, other layouts, text and images
+
+# Each function here runs a few times on tiny arrays: compiling it is nearly all of its cost.
+jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
 
 
 def directory() -> Path:

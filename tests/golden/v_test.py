@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,7 +33,7 @@ def tower(config, params, pixels, compare, suffix=""):
     patch = config.vit.patch_size
     grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
 
-    @jax.jit
+    @cases.jit
     def run(params, pixels):
         vit = bind(config, params).vit
         last, states = vit(pixels, hidden_states=True)
@@ -85,7 +84,7 @@ def backbone(case, config, params, compare):
     pixels = case.pixels("pixel_values")
     config, params = resized(config, params, pixels)
     compare.close("pos_embed", params["vit"]["position_embedding"][None])
-    tokens = jax.jit(lambda p, x: bind(config, p).vision(x))(params, pixels)
+    tokens = cases.jit(lambda p, x: bind(config, p).vision(x))(params, pixels)
     compare.close("features", tokens)
     compare.close("logits", classify(np.asarray(tokens), case.weights()))
 
