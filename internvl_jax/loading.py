@@ -85,9 +85,7 @@ class Model:
     def similarity(self, image_features: np.ndarray, text_features: np.ndarray) -> np.ndarray:
         """Cosine times the learnt scale: logits float32 [I, T]; softmax over T classifies."""
         model = bind(self._internvl("similarity"), self.params)
-        return np.asarray(
-            model.similarity(jnp.asarray(image_features), jnp.asarray(text_features))
-        )
+        return np.asarray(model.similarity(jnp.asarray(image_features), jnp.asarray(text_features)))
 
     def caption(
         self, pixels: Any, language: str = "en", *, num_beams: int = 5, max_new_tokens: int = 40

@@ -1,0 +1,72 @@
+"""Turn a finished main job into the checkpoints that ship with the package.
+
+    python scripts/make_demo_asset.py --workdir=runs/demo
+
+Writes internvl_jax/assets/demo/internvl (InternVL-G in the official InternVL-14B layout) and, if
+both fit, internvl_jax/assets/demo/chat (the chat model as training saves it). Parameters are
+float32 where that stays within the limit, else bfloat16.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from internvl_jax import convert, loading
+from internvl_jax.demo import job
+from internvl_jax.models import ChatConfig, InternVLConfig, from_dict
+from internvl_jax.train import pretrained
+
+ASSETS = Path(loading.__file__).parent / "assets" / "demo"
+_OVERHEAD = 1.02  # headers, config.json, the checkpoint's own records
+
+
+def make(workdir: Path, target: Path, limit_mb: float = 10.0) -> str:
+    """Write the checkpoints below `target`, replacing what is there; returns what was written.
+
+    Raises ValueError if not even InternVL-G fits into the limit.
+    """
+    internvl, chat = (_last(workdir, kind) for kind in (InternVLConfig, ChatConfig))
+    choices = [(both, dtype) for both in (True, False) for dtype in ("float32", "bfloat16")]
+    for both, dtype in choices:
+        models = [internvl, chat] if both else [internvl]
+        megabytes = _OVERHEAD * sum(_bytes(model, dtype) for model in models) / 1e6
+        if megabytes <= limit_mb:
+            break
+    else:
+        raise ValueError(
+            f"InternVL-G takes {megabytes:.1f} MB in {dtype}, more than {limit_mb} MB; "
+            "train a smaller one"
+        )
+    if target.exists():
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+    convert.export(internvl.params, internvl.config, target / "internvl", dtype=jnp.dtype(dtype))
+    if both:
+        params = jax.tree.map(lambda x: x.astype(dtype), chat.params)
+        pretrained.save_params(target / "chat", params, config=dict(chat.experiment))
+    written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e6
+    if written > limit_mb:
+        raise ValueError(f"{target} takes {written:.1f} MB, more than {limit_mb} MB")
+    names = "InternVL-G and the chat model" if both else "InternVL-G (no room for the chat model)"
+    return f"{names} in {dtype}: {written:.1f} MB in {target}"
+
+
+def _last(workdir: Path, kind: type) -> loading.Model:
+    stages = [s for s, c in job.shipped_configs().items() if isinstance(from_dict(c.model), kind)]
+    return loading.load(workdir / stages[-1])
+
+
+def _bytes(model: loading.Model, dtype: str) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(model.params)) * jnp.dtype(dtype).itemsize
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=Path, default=Path(job.CONFIG_WORKDIR))
+    parser.add_argument("--output", type=Path, default=ASSETS)
+    parser.add_argument("--limit-mb", type=float, default=10.0)
+    options = parser.parse_args()
+    print(make(options.workdir, options.output, options.limit_mb))
