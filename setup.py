@@ -29,7 +29,7 @@ DATA = [
     "importlib_resources",  # tensorflow-datasets imports it without declaring it
 ]
 EVAL = ["pycocoevalcap>=1.2", "scikit-learn>=1.5"]  # CIDEr; linear probes
-DEMO = [*EVAL]  # scikit-learn also ships the handwritten digits
+DEMO = [*EVAL, "jinja2>=3.1"]  # scikit-learn also ships the handwritten digits; the report
 DEV = [
     "pytest>=8",
     "ruff>=0.8",
