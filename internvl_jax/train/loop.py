@@ -122,9 +122,12 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
         spikes = metrics.SpikeDetector()
         last: dict[str, float] = {}
 
-        def report(step: int, device_metrics: Mapping[str, jax.Array]) -> None:
+        def report(
+            step: int, device_metrics: Mapping[str, jax.Array], images: int, waited: float
+        ) -> None:
             """Fetch, check and write the metrics of the update that made `step`."""
             values = {n: float(x) for n, x in jax.device_get(dict(device_metrics)).items()}
+            speed.count(images, waited)
             log.advance(step, values["loss"])
             spike = spikes.update(values["loss"])
             if spike:
@@ -170,11 +173,11 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
         for step in range(start + 1, config.steps + 1):
             before = time.monotonic()
             batch = next(batches)
-            speed.count(batch, time.monotonic() - before)
+            waited = time.monotonic() - before
             state, current = train_step(state, to_devices(batch, mesh))
             if pending is not None:
                 report(*pending)
-            pending = (step, current)
+            pending = (step, current, metrics.images_in(batch), waited)
 
             leaving = watch.signal is not None
             due = [n for n, e in evaluators.items() if step % e.every == 0 or step == config.steps]

@@ -174,13 +174,13 @@ class Speed:
         self._reset()
 
     def _reset(self) -> None:
-        self._since, self._steps, self._waited, self._examples = time.monotonic(), 0, 0.0, 0
+        self._since, self._steps, self._waited, self._images = time.monotonic(), 0, 0.0, 0
 
-    def count(self, batch: Mapping[str, Any], waited: float) -> None:
-        """Record one step: its batch and the seconds spent waiting for it."""
+    def count(self, images: int, waited: float) -> None:
+        """Record one finished step: its images and the seconds spent waiting for them."""
         self._steps += 1
         self._waited += waited
-        self._examples += images_in(batch)
+        self._images += images
 
     def exclude(self, seconds: float) -> None:
         """Leave out time that went into something else than steps: saving, evaluating."""
@@ -193,7 +193,7 @@ class Speed:
             return {}
         figures = {
             "step_seconds": elapsed / self._steps,
-            "images_per_second": self._examples / elapsed,
+            "images_per_second": self._images / elapsed,
             "data_wait_seconds": self._waited / self._steps,
             "host_rss_gib": host_rss() / _GIB,
         }

@@ -44,7 +44,7 @@ def make_train_step(
         (loss, metrics), gradients = jax.value_and_grad(losses, has_aux=True)(
             state.trainable, state.frozen, batch, key
         )
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = tx.update(gradients, state.opt_state, state.trainable, step=state.step)
         updated = optax.apply_updates(state.trainable, updates)
