@@ -175,5 +175,3 @@ def _token_by_token(decode, logits, cache, decoding, key, history) -> Generated:
     )
     score = rows.log_prob / rows.length.astype(jnp.float32) ** decoding.length_penalty
     return Generated(rows.ids[:, None], rows.length[:, None], score[:, None], rows.logits)
-
-

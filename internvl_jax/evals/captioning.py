@@ -86,9 +86,7 @@ class Captioning:
     every: int = 1
     details: dict[str, Any] = field(default_factory=dict)
 
-    def run(
-        self, config: InternVLConfig, params: features.Params
-    ) -> Iterator[tuple[str, float]]:
+    def run(self, config: InternVLConfig, params: features.Params) -> Iterator[tuple[str, float]]:
         """Evaluate, yielding (name, value)."""
         chosen = distinct_scenes(self.count)
         images = scenes.render(chosen, config.vit.image_size)

@@ -45,9 +45,7 @@ class Retrieval:
     every: int = 1
     details: dict[str, Any] = field(default_factory=dict)
 
-    def run(
-        self, config: InternVLConfig, params: features.Params
-    ) -> Iterator[tuple[str, float]]:
+    def run(self, config: InternVLConfig, params: features.Params) -> Iterator[tuple[str, float]]:
         """Evaluate, yielding (name, value)."""
         chosen = distinct_scenes(self.count)
         images = scenes.render(chosen, config.vit.image_size)
@@ -90,9 +88,7 @@ class Relation:
     every: int = 1
     details: dict[str, Any] = field(default_factory=dict)
 
-    def run(
-        self, config: InternVLConfig, params: features.Params
-    ) -> Iterator[tuple[str, float]]:
+    def run(self, config: InternVLConfig, params: features.Params) -> Iterator[tuple[str, float]]:
         """Evaluate, yielding (name, value)."""
         source = sources.EmbeddedScenes("relation_swap", image_size=config.vit.image_size)
         texts = {}

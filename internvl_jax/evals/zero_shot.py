@@ -52,9 +52,7 @@ class ZeroShot:
     every: int = 1
     details: dict[str, Any] = field(default_factory=dict)
 
-    def run(
-        self, config: InternVLConfig, params: features.Params
-    ) -> Iterator[tuple[str, float]]:
+    def run(self, config: InternVLConfig, params: features.Params) -> Iterator[tuple[str, float]]:
         """Evaluate, yielding (name, value)."""
         self.details = {
             "classes.scenes": [" ".join(pair) for pair in scenes.ALL_PAIRS],
