@@ -124,4 +124,4 @@ def penalise(
 
 def full(shape: tuple[int, ...], value: Any, dtype: Any) -> jax.Array:
     """A constant array whose leading axis is the batch."""
-    return jnp.full(shape, value, dtype, device=spec("batch", *[None] * (len(shape) - 1)))
+    return jnp.full(shape, value, dtype, out_sharding=spec("batch", *[None] * (len(shape) - 1)))

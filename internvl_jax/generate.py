@@ -107,9 +107,11 @@ def _sample(logits: jax.Array, decoding: Decoding, key: jax.Array) -> jax.Array:
         above = jnp.cumsum(share, axis=-1) - share
         lowest = jnp.min(jnp.where(above < decoding.top_p, descending, jnp.inf), -1, keepdims=True)
         logits = jnp.where(logits < lowest, -jnp.inf, logits)
-    # A key per row: a row's draw does not depend on how many rows stand beside it.
+    # A key per row: a row's draw does not depend on how many rows stand beside it. The largest of
+    # logits plus Gumbel noise is a draw from their softmax.
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
-    return jax.vmap(jax.random.categorical)(keys, logits)
+    noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:]))(keys)
+    return jnp.argmax(logits + noise, axis=-1)
 
 
 class _Rows(NamedTuple):

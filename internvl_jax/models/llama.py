@@ -40,12 +40,19 @@ class Cache:
     def take(self, rows: jax.Array) -> "Cache":
         """The cache with its batch rows picked or repeated by index (beam search)."""
         return Cache(
-            keys=jnp.take(self.keys, rows, axis=1),
-            values=jnp.take(self.values, rows, axis=1),
-            visible=jnp.take(self.visible, rows, axis=0),
-            positions=jnp.take(self.positions, rows, axis=0),
+            keys=_take(self.keys, rows, axis=1),
+            values=_take(self.values, rows, axis=1),
+            visible=_take(self.visible, rows, axis=0),
+            positions=_take(self.positions, rows, axis=0),
             length=self.length,
         )
+
+
+def _take(array: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
+    """Rows of an array along its batch axis, sharded as it was."""
+    meshless = jax.sharding.get_abstract_mesh().empty
+    out = None if meshless else jax.typeof(array).sharding.spec
+    return array.at[(slice(None),) * axis + (rows,)].get(out_sharding=out)
 
 
 class Block(nnx.Module):

@@ -6,7 +6,7 @@ import pytest
 
 from internvl_jax import sharding
 from internvl_jax.evals import features
-from internvl_jax.models import abstract, bind, create
+from internvl_jax.models import bind, create, shardings
 from internvl_jax.models.config import INTERNVLS
 
 CONFIG = INTERNVLS["tiny"]
@@ -55,11 +55,11 @@ def test_features_do_not_depend_on_the_batch_size(params):
     for mode in ("c", "g"):
         encode = jax.jit(lambda p, x, m=mode: bind(CONFIG, p).encode_image(x, mode=m))
         whole = np.asarray(encode(params, images))
-        whole /= np.linalg.norm(whole, axis=-1, keepdims=True)
+        whole = whole / np.linalg.norm(whole, axis=-1, keepdims=True)
         batched = features.image_features(CONFIG, params, images, mode, batch_size=4)
         np.testing.assert_allclose(batched, whole, atol=1e-6)
     whole = np.asarray(jax.jit(lambda p, x: bind(CONFIG, p).encode_text(x))(params, texts))
-    whole /= np.linalg.norm(whole, axis=-1, keepdims=True)
+    whole = whole / np.linalg.norm(whole, axis=-1, keepdims=True)
     batched = features.text_features(CONFIG, params, texts, batch_size=4)
     np.testing.assert_allclose(batched, whole, atol=1e-6)
 
@@ -79,11 +79,7 @@ def test_a_mesh_changes_no_feature(params):
     host = jax.tree.map(np.asarray, params)
     mesh = sharding.make_mesh(replica=2, fsdp=4)
     with jax.set_mesh(mesh):
-        placed = jax.tree.map(
-            lambda leaf, like: jax.device_put(leaf, jax.NamedSharding(mesh, like.sharding.spec)),
-            host,
-            abstract(CONFIG),
-        )
+        placed = jax.device_put(host, shardings(CONFIG, mesh))
         sharded = (
             features.image_features(CONFIG, placed, images, "g", batch_size=5),
             features.text_features(CONFIG, placed, texts, batch_size=5),
