@@ -8,6 +8,7 @@ every array. The data position needs no item: batch i is a function of the data 
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -124,7 +125,8 @@ def _restore(directory: Path, abstract: dict) -> dict:
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=True,
     )
-    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    _mute_orbax()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(directory, args=args)
 
 
@@ -140,29 +142,21 @@ def _first_unreadable(directory: Path, abstract: dict) -> str:
     return f"/{unreadable[0]}" if 0 < len(unreadable) < len(leaves) else ""
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Keep the noise of a failed read away: it is reported in one line of our own.
+class _ReportedElsewhere(logging.Filter):
+    """Drops the tracebacks that Orbax logs for a failed read or save: we report each in one line.
 
-    Reads that Orbax gave up print their errors later, when they are collected, so the filter for
-    those stays.
+    Reads that were given up log theirs when they are collected, so the filter stays for good.
     """
-    loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    if not isinstance(sys.unraisablehook, _WithoutStragglers):
-        sys.unraisablehook = _WithoutStragglers(sys.unraisablehook)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.ERROR:
+            return True
+        return "orbax" not in f"{record.pathname} {record.getMessage()}"
 
 
 @dataclasses.dataclass(frozen=True)
 class _WithoutStragglers:
-    """An unraisable hook that drops errors of abandoned TensorStore reads."""
+    """An unraisable hook that drops the errors of abandoned TensorStore reads."""
 
     rest: Callable[[Any], None]
 
@@ -173,9 +167,17 @@ class _WithoutStragglers:
         self.rest(unraisable)
 
 
+@functools.cache
+def _mute_orbax() -> None:
+    for name in ("asyncio", "absl"):
+        logging.getLogger(name).addFilter(_ReportedElsewhere())
+    sys.unraisablehook = _WithoutStragglers(sys.unraisablehook)
+
+
 def _line(error: BaseException) -> str:
     """The gist of an exception in one line of bounded length."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = text.partition(" See full TensorStore details")[0]
     return text if len(text) <= 200 else text[:197] + "..."
 
 
@@ -194,6 +196,7 @@ class Checkpoints:
         """Open or create the directory and remove what an interrupted save left there."""
         self.directory = Path(directory).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
+        _mute_orbax()
         self._keep = keep
         self._saving: int | None = None
         self.removed = self._remove_unfinished()

@@ -153,16 +153,15 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
                 last.update(figures)
 
         def save(must: bool) -> None:
-            """Start saving the state; only where it `must` succeed is a failure the run's end."""
+            """Start saving the state; where it `must` succeed, wait, and try twice."""
             _tolerant(checkpoints.wait)
             begin = functools.partial(
                 checkpoints.save, state, config=settings, data_fingerprint=pipeline.fingerprint
             )
-            if must:
+            begun = _tolerant(begin)
+            if must and not (begun and _tolerant(checkpoints.wait)):
                 begin()
                 checkpoints.wait()
-            else:
-                _tolerant(begin)
 
         # --- the loop ----------------------------------------------------------------------------
         # `state.step` counts updates attempted. The batch of update i is batch i of the pipeline,
@@ -293,12 +292,14 @@ def _nonfinite_report(step: int, config: Any, checkpoints: Any, pipeline: Any) -
     )
 
 
-def _tolerant(action: Callable[[], Any]) -> None:
-    """Do something about a checkpoint whose failure the run survives, and report a failure."""
+def _tolerant(action: Callable[[], Any]) -> bool:
+    """Do something about a checkpoint that may fail; a failure is reported and gives False."""
     try:
         action()
     except checkpoint.CheckpointError as error:
-        _say(f"warning: {error}; training goes on, and the next save tries again")
+        _say(f"warning: {error}; the next save tries again")
+        return False
+    return True
 
 
 def _say(text: str) -> None:

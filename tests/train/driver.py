@@ -121,10 +121,21 @@ def _scaled_loss(number):
 
 
 def _jumping_clock():
-    """The system clock leaps a year to and fro at every reading."""
+    """The system clock leaps a year to and fro whenever a batch is fetched, also during saves."""
+    from internvl_jax.data import pipelines
+
     real = time.time
-    sign = itertools.cycle((1, -1))
-    time.time = lambda: real() + next(sign) * 365 * 86400
+    offset = 0.0
+    time.time = lambda: real() + offset
+    iterate = pipelines.Pipeline.iterate
+
+    def leaping(pipeline, start_step=0):
+        nonlocal offset
+        for number, batch in enumerate(iterate(pipeline, start_step)):
+            offset = (-1) ** number * 365.0 * 86400
+            yield batch
+
+    pipelines.Pipeline.iterate = leaping
 
 
 def _no_file_larger_than(limit):
