@@ -129,7 +129,7 @@ class AttentionPool(nnx.Module):
         self.q = Linear(width, width, q, axes=axes, bias=True)
         self.k = Linear(width, width, k, axes=axes, bias=True)
         self.v = Linear(width, width, v, axes=axes, bias=True)
-        self.proj = Linear(width, outputs, out, axes=(axis, None), bias=True, std=width**-0.5)
+        self.proj = Linear(width, outputs, out, axes=(axis, None), bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, C] → [B, E]."""

@@ -12,7 +12,7 @@ from internvl_jax.kernels import Causal, Full, Keys
 from internvl_jax.models import qllama
 from internvl_jax.models.attention import CrossAttention
 from internvl_jax.models.config import ChatConfig, LanguageModelConfig
-from internvl_jax.models.layers import INIT_STD, LayerNorm, Linear, Mlp, normal, stack
+from internvl_jax.models.layers import EMBEDDING_STD, LayerNorm, Linear, Mlp, normal, stack
 from internvl_jax.models.llama import Cache, Llama, make_cache, mask_positions
 from internvl_jax.models.vit import ViT
 from internvl_jax.sharding import spec
@@ -64,7 +64,7 @@ class Chat(nnx.Module):
             inner = config.middleware
             self.llama = Llama(inner.llama, next(keys), language_head=False)
             self.queries = normal(
-                next(keys), (inner.num_queries, inner.llama.width), (None, None), INIT_STD
+                next(keys), (inner.num_queries, inner.llama.width), (None, None), EMBEDDING_STD
             )
             self.cross = stack(
                 lambda k: CrossAttention(inner.llama, vit.width, k), inner.num_cross, next(keys)

@@ -214,7 +214,15 @@ def _choose(name: str, value: str, options: tuple[str, ...]) -> None:
 
 VITS = {
     "tiny": ViTConfig(width=32, depth=2, num_heads=2, mlp_dim=64, patch_size=8, image_size=32),
-    "demo": ViTConfig(width=128, depth=4, num_heads=4, mlp_dim=512, patch_size=8, image_size=48),
+    "demo": ViTConfig(
+        width=128,
+        depth=4,
+        num_heads=4,
+        mlp_dim=512,
+        patch_size=12,
+        image_size=48,
+        layer_scale=1.0,  # as InternViT-300M: four blocks need no damping
+    ),
     "300m": ViTConfig(
         width=1024,
         depth=24,
@@ -247,7 +255,7 @@ LLAMAS = {
 INTERNVLS = {
     "tiny": InternVLConfig(VITS["tiny"], LLAMAS["tiny"], embed_dim=24, pool_heads=2, num_queries=4),
     "demo": InternVLConfig(
-        VITS["demo"], LLAMAS["demo"], embed_dim=128, pool_heads=4, num_queries=16
+        VITS["demo"], LLAMAS["demo"], embed_dim=128, pool_heads=4, num_queries=8
     ),
     "14b": InternVLConfig(
         VITS["6b"], LLAMAS["chinese_7b"], embed_dim=768, pool_heads=16, num_queries=96

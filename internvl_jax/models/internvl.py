@@ -15,7 +15,7 @@ from internvl_jax.kernels import Causal, Full, Keys, Mask, Prefix
 from internvl_jax.models import qllama
 from internvl_jax.models.attention import AttentionPool, CrossAttention
 from internvl_jax.models.config import InternVLConfig
-from internvl_jax.models.layers import INIT_STD, Linear, normal, stack
+from internvl_jax.models.layers import EMBEDDING_STD, Linear, normal, stack
 from internvl_jax.models.llama import (
     Cache,
     Llama,
@@ -54,7 +54,7 @@ class InternVL(nnx.Module):
         if config.num_queries:
             # The paper initialises queries randomly; the release's zeros make all of them equal.
             self.queries = normal(
-                next(keys), (config.num_queries, llama.width), (None, None), INIT_STD
+                next(keys), (config.num_queries, llama.width), (None, None), EMBEDDING_STD
             )
             self.cross = stack(
                 lambda k: CrossAttention(llama, vit.width, k), config.num_cross, next(keys)

@@ -11,7 +11,7 @@ from flax import nnx
 from internvl_jax.models.attention import ViTAttention
 from internvl_jax.models.config import VisionConfig, ViTConfig
 from internvl_jax.models.layers import (
-    INIT_STD,
+    EMBEDDING_STD,
     LayerNorm,
     Linear,
     Mlp,
@@ -89,9 +89,9 @@ class ViT(nnx.Module):
         self.patch_embed = Linear(
             config.patch_size**2 * 3, width, patch, axes=(None, "vit_wide"), bias=True
         )
-        self.class_embedding = normal(token, (width,), (None,), INIT_STD)
+        self.class_embedding = normal(token, (width,), (None,), EMBEDDING_STD)
         self.position_embedding = normal(
-            position, (1 + config.grid**2, width), (None, None), INIT_STD
+            position, (1 + config.grid**2, width), (None, None), EMBEDDING_STD
         )
         self.blocks = stack(lambda k: Block(config, k), config.depth, blocks)
 
