@@ -65,10 +65,12 @@ class Model:
         """Image features float32 [N, E] of InternVL-C ("c") or InternVL-G ("g").
 
         pixels: uint8 [N, H, W, 3], or a sequence of Pillow images or arrays of any size.
-        Not normalised, as in the release; `similarity` does that. ValueError for mode "g" on an
-        InternVL-C.
+        Not normalised, as in the release; `similarity` does that. LoadError for mode "g" of an
+        InternVL-C, ValueError for another mode.
         """
         config = self._internvl("encode_image")
+        if mode == "g" and not config.num_queries:
+            raise LoadError("mode 'g' needs the middleware, which this InternVL-C does not have")
         step = functools.partial(_encode_image, self.params, config=config, mode=mode)
         return _batched(step, _pixels(pixels, config.vit.image_size))
 
