@@ -83,6 +83,7 @@ def projector(config: ConfigDict) -> None:
     config.data.update(text_length=IMAGE_TOKENS + 24, template="plain", augment="none")
     config.batch_size = 64
     config.steps = 20
+    config.optimizer.warmup_steps = 5
     config.optimizer.learning_rate = ((r".*", 2e-3),)
 
 
@@ -93,6 +94,7 @@ def sft(config: ConfigDict) -> None:
     config.trainable = r"projector/.*|llm/.*"
     config.data.template = "brief"
     config.steps = 240
+    config.optimizer.warmup_steps = 20
     config.optimizer.learning_rate = ((r".*", 1e-3),)
 
 
