@@ -16,16 +16,19 @@ from typing import Any
 
 import numpy as np
 
-_EMPTY = {"seconds": {}, "peak_rss_gib": 0.0, "origins": {}, "export": {}}
-
-
 class Record:
     """The file record.json, written after every change."""
 
     def __init__(self, workdir: Path):
         self._file = workdir / "record.json"
         self._evaluations = workdir / "evaluations"
-        self.values: dict[str, Any] = {**_EMPTY, **(read_json(self._file) or {})}
+        self.values: dict[str, Any] = {
+            "seconds": {},
+            "peak_rss_gib": 0.0,
+            "origins": {},
+            "export": {},
+            **(read_json(self._file) or {}),
+        }
 
     def save(self) -> None:
         self.values["peak_rss_gib"] = max(self.values["peak_rss_gib"], peak_rss_gib())
