@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+
 class Record:
     """The file record.json, written after every change."""
 
