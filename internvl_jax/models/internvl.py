@@ -117,7 +117,8 @@ class InternVL(nnx.Module):
             return pooled
         if mode != "g":
             raise ValueError(f"mode {mode!r}: choose 'c' (InternVL-C) or 'g' (InternVL-G)")
-        return unit(pooled) + unit(self.pool2(self.query_outputs(vision)))
+        queries = self.query_outputs(vision)
+        return unit(pooled) + unit(self.pool2(queries))
 
     def encode_image(self, pixels: jax.Array, mode: str = "c") -> jax.Array:
         """Images → un-normalised features float [B, E]."""
