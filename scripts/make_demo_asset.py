@@ -46,7 +46,9 @@ def make(workdir: Path, target: Path, limit_mb: float = 10.0) -> str:
     convert.export(internvl.params, internvl.config, target / "internvl", dtype=jnp.dtype(dtype))
     if both:
         params = jax.tree.map(lambda x: x.astype(dtype), chat.params)
-        pretrained.save_params(target / "chat", params, config=dict(chat.experiment))
+        # Where it was trained from is nobody's business but this machine's.
+        experiment = {**chat.experiment, "init_from": []}
+        pretrained.save_params(target / "chat", params, config=experiment)
         # Orbax writes the path into these markers; what counts is that they are there.
         for marker in target.rglob("commit_success.txt"):
             marker.write_text("complete\n")

@@ -72,7 +72,8 @@ def run(
         details = {}
         for stage in configs:
             details |= evaluations[stage][1]
-        report.write(workdir / "report.html", configs, metrics, details, _curves(workdir, configs))
+        curves = _curves(workdir, configs)
+        report.write(workdir / "report.html", configs, metrics, details, curves, _purposes())
     print(targets.as_text(targets.rows(metrics)))
     print(f"\nall figures   {workdir / 'metrics.json'}")
     print(f"look at       {workdir / 'report.html'}")
@@ -84,6 +85,12 @@ def shipped_configs() -> dict[str, Any]:
     """The stages of configs/demo.py, in order."""
     stages = configuration.load_module(CONFIG).STAGES
     return {stage: configuration.load(f"{CONFIG}:{stage}") for stage in stages}
+
+
+def _purposes() -> dict[str, str]:
+    """What configs/demo.py says of each stage, in a line."""
+    stages = configuration.load_module(CONFIG).STAGES
+    return {stage: (build.__doc__ or "").partition("\n")[0] for stage, build in stages.items()}
 
 
 def _at(workdir: Path, configs: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def write(
     metrics: Mapping[str, float],
     details: Mapping[str, Mapping[str, Any]],
     curves: Mapping[str, Sequence[Mapping[str, float]]],
+    purposes: Mapping[str, str],
 ) -> None:
     """Write the report.
 
@@ -50,6 +51,7 @@ def write(
         details: evaluator → its details for the last checkpoint it judged, and "attention" →
             images and maps; sections without details are left out.
         curves: stage → the rows of its metrics.jsonl.
+        purposes: stage → a sentence on it, where there is one.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("internvl_jax.demo", "."),
@@ -61,7 +63,7 @@ def write(
     html = environment.get_template("report.html").render(
         languages=text.LANGUAGE_NAMES,
         table=targets.rows(metrics),
-        stages=_stages(configs, metrics),
+        stages=_stages(configs, metrics, purposes),
         after=_after(metrics),
         charts=_charts(configs, curves),
         confusion=_confusion(details["zero_shot"]) if "zero_shot" in details else None,
@@ -77,10 +79,13 @@ def write(
     temporary.replace(path)
 
 
-def _stages(configs: Mapping[str, Any], metrics: Mapping[str, float]) -> list[dict[str, Any]]:
+def _stages(
+    configs: Mapping[str, Any], metrics: Mapping[str, float], purposes: Mapping[str, str]
+) -> list[dict[str, Any]]:
     return [
         {
             "name": stage,
+            "purpose": purposes.get(stage, ""),
             "objective": config.objective,
             "starts_from": ", ".join(Path(s["path"]).name for s in config.init_from) or "scratch",
             "trainable": "everything" if config.trainable == ".*" else config.trainable,

@@ -1,0 +1,154 @@
+"""The façade: checkpoints of every kind, and results equal to those of the modules."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import internvl_jax
+from internvl_jax import convert, generate
+from internvl_jax.data import conversation
+from internvl_jax.decoding import Decoding
+from internvl_jax.loading import LoadError
+from internvl_jax.models import bind, create, from_dict
+from internvl_jax.train.pretrained import save_params
+
+MODELS = {
+    "c": {"family": "internvl", "size": "tiny", "num_queries": 0},
+    "g": {"family": "internvl", "size": "tiny"},
+    "chat": {"family": "chat", "size": "tiny"},
+}
+DATA = {"tokenizer": "", "text_length": 48, "template": "brief"}
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+TEXTS = ["A large red star.", "una estrella roja", "빨간 별"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """{name: folder} of random models as training saves them, and one in the official layout."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for number, (name, model) in enumerate(MODELS.items()):
+        params = create(from_dict(model), jax.random.key(number))
+        save_params(folder / name, params, config={"model": model, "data": DATA})
+        if name == "g":
+            convert.export(params, from_dict(model), folder / "official")
+    return {name: folder / name for name in (*MODELS, "official")}
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints):
+    return internvl_jax.load(checkpoints["g"])
+
+
+def test_text_features_are_those_of_the_module_in_any_batch(model):
+    wrapped = [conversation.contrastive_text(text) for text in TEXTS]
+    ids = model.tokenizer.encode_batch(wrapped, 48)
+    expected = np.asarray(bind(model.config, model.params).encode_text(ids))
+    for given in (TEXTS, tuple(TEXTS), ids):
+        np.testing.assert_allclose(model.encode_text(given), expected, atol=2e-5)
+    for i, text in enumerate(TEXTS):
+        np.testing.assert_allclose(model.encode_text(text)[0], expected[i], atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["c", "g"])
+def test_image_features_are_those_of_the_module_in_any_batch(model, mode):
+    expected = np.asarray(bind(model.config, model.params).encode_image(PIXELS, mode))
+    features = model.encode_image(PIXELS, mode)
+    assert isinstance(features, np.ndarray) and features.dtype == np.float32
+    np.testing.assert_allclose(features, expected, atol=2e-5)
+    np.testing.assert_allclose(model.encode_image(PIXELS[:2], mode), expected[:2], atol=2e-5)
+    pictures = [Image.fromarray(PIXELS[0]), PIXELS[1]]
+    np.testing.assert_allclose(model.encode_image(pictures, mode), expected[:2], atol=2e-5)
+
+
+def test_similarity_is_scaled_cosine(model):
+    images, words = model.encode_image(PIXELS), model.encode_text(TEXTS)
+    a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (images, words))
+    expected = np.exp(model.params["logit_scale"]) * (a @ b.T)
+    np.testing.assert_allclose(model.similarity(images, words), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_captions_are_those_of_the_generator(model):
+    decoding = Decoding(max_new_tokens=6, stop_ids=(model.tokenizer.eos_id,))
+    prompt = model.tokenizer.encode(conversation.GENERATION_PROMPTS["ko"])
+    rows = np.repeat(np.int32([prompt]), len(PIXELS), axis=0)
+    module = bind(model.config, model.params)
+    ids = jax.jit(lambda p, r: generate.caption(module, p, r, decoding).ids)(PIXELS, rows)
+    expected = [model.tokenizer.decode(row).strip() for row in np.asarray(ids)[:, 0]]
+    assert model.caption(PIXELS, "ko", num_beams=1, max_new_tokens=6) == expected
+    assert model.caption(PIXELS[3:4], "ko", num_beams=1, max_new_tokens=6) == expected[3:4]
+
+
+def test_chat_answers_about_a_picture(checkpoints):
+    model = internvl_jax.load(checkpoints["chat"])
+    question = "what color is the object?"
+    rounds = [(conversation.image_first(question), None)]
+    prompt, _ = conversation.encode_chat(
+        model.tokenizer, "brief", rounds, model.config.tokens_per_image
+    )
+    decoding = Decoding(max_new_tokens=5, stop_ids=(model.tokenizer.eos_id,))
+    module = bind(model.config, model.params)
+    ids = jax.jit(lambda t, i: generate.answer(module, t, i, decoding).ids)(
+        np.int32([prompt]), PIXELS[None, :1]
+    )
+    expected = model.tokenizer.decode(np.asarray(ids)[0, 0]).strip()
+    assert model.chat(PIXELS[0], question, max_new_tokens=5) == expected
+
+
+def test_official_weights_give_the_same_model(model, checkpoints):
+    official = internvl_jax.load(checkpoints["official"])
+    assert official.experiment == {}
+    np.testing.assert_allclose(
+        official.encode_image(PIXELS, "g"), model.encode_image(PIXELS, "g"), atol=2e-5
+    )
+    np.testing.assert_allclose(official.encode_text(TEXTS), model.encode_text(TEXTS), atol=2e-5)
+
+
+def test_dtype_is_kept_or_as_asked(checkpoints):
+    assert internvl_jax.load(checkpoints["g"]).params["queries"].dtype == "float32"
+    assert internvl_jax.load(checkpoints["g"], "bfloat16").params["queries"].dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "kind, call, words",
+    [
+        ("chat", lambda m: m.encode_text(["a star"]), "needs an InternVL-C or -G, not a Chat"),
+        ("g", lambda m: m.chat(PIXELS[0], "what is it?"), "chat needs a chat checkpoint"),
+        ("c", lambda m: m.caption(PIXELS), "middleware"),
+        ("g", lambda m: m.caption(PIXELS, "fr"), "'fr'; use en, zh, ko, es"),
+        ("g", lambda m: m.encode_image(PIXELS[0]), r"uint8 \[N, H, W, 3\]"),
+        ("g", lambda m: m.encode_image(PIXELS / 255), r"uint8 \[H, W, 3\], not float64"),
+        ("c", lambda m: m.encode_image(PIXELS, "g"), "mode 'g' needs the middleware"),
+    ],
+)
+def test_what_a_model_cannot_do_is_said(checkpoints, kind, call, words):
+    with pytest.raises(ValueError, match=words):
+        call(internvl_jax.load(checkpoints[kind]))
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(LoadError, match=r"no checkpoint at .*nothing.*demo"):
+        internvl_jax.load(tmp_path / "nothing")
+
+
+def test_importing_the_package_is_free_until_a_name_is_used():
+    code = """if True:
+        import sys, internvl_jax
+        assert not {"jax", "numpy", "internvl_jax.models"} & set(sys.modules)
+        assert len(internvl_jax.__all__) <= 10
+        assert set(internvl_jax.__all__) <= set(dir(internvl_jax))
+        for name in internvl_jax.__all__:
+            getattr(internvl_jax, name)
+        try:
+            internvl_jax.laod
+        except AttributeError as error:
+            print(error)
+    """
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert "'laod'" in done.stdout and "load" in done.stdout
