@@ -11,7 +11,8 @@ from PIL import Image
 
 import internvl_jax
 from internvl_jax import convert, generate
-from internvl_jax.data import conversation
+from internvl_jax.data import conversation, scenes
+from internvl_jax.data.sources import EmbeddedScenes
 from internvl_jax.decoding import Decoding
 from internvl_jax.loading import LoadError
 from internvl_jax.models import bind, create, from_dict
@@ -106,6 +107,22 @@ def test_official_weights_give_the_same_model(model, checkpoints):
         official.encode_image(PIXELS, "g"), model.encode_image(PIXELS, "g"), atol=2e-5
     )
     np.testing.assert_allclose(official.encode_text(TEXTS), model.encode_text(TEXTS), atol=2e-5)
+
+
+def test_the_shipped_demo_has_learnt():
+    model, source = internvl_jax.load("demo"), EmbeddedScenes("test_single", size=30, image_size=48)
+    names = [f"a {color} {shape}" for color, shape in scenes.SEEN_PAIRS]
+    logits = model.similarity(model.encode_image(source.images), model.encode_text(names))
+    truth = [scenes.SEEN_PAIRS.index(pair) for pair in map(_pair, source.scenes)]
+    assert np.mean(logits.argmax(axis=1) == truth) > 0.3  # chance is 1 in 42
+    chat = internvl_jax.load("demo-chat")
+    asked = source.scenes[:6]
+    answers = [chat.chat(image, "what color is the object?") for image in source.images[:6]]
+    assert sum(a == _pair(scene)[0] for a, scene in zip(answers, asked, strict=True)) >= 3
+
+
+def _pair(scene):
+    return scene.objects[0].color, scene.objects[0].shape
 
 
 def test_dtype_is_kept_or_as_asked(checkpoints):

@@ -5,6 +5,7 @@ import jax
 from internvl_jax.kernels import reference, xla
 from internvl_jax.kernels.masks import Full, Mask
 
+FULL = Full()
 IMPLEMENTATIONS = {"xla": xla.attention, "reference": reference.attention}
 
 
@@ -13,7 +14,7 @@ def attention(
     key: jax.Array,
     value: jax.Array,
     *,
-    mask: Mask = Full(),
+    mask: Mask = FULL,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:

@@ -7,8 +7,8 @@ from internvl_jax.models.config import (
     LlamaConfig,
     LoraConfig,
     ModelConfig,
-    ViTConfig,
     VisionConfig,
+    ViTConfig,
     from_dict,
 )
 from internvl_jax.models.init import abstract, bind, create, shardings

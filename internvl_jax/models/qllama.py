@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from internvl_jax.kernels import Mask, attention
 from internvl_jax.models.attention import CrossAttention, merge_heads
 from internvl_jax.models.layers import remat
-from internvl_jax.models.llama import Block, Llama, Tables, default_positions
+from internvl_jax.models.llama import Block, Llama, default_positions
 from internvl_jax.sharding import spec
 
 

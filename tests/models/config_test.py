@@ -39,7 +39,8 @@ def test_overrides_reach_every_part_that_has_the_field():
     )
     assert (config.vit.dtype, config.llama.dtype) == ("bfloat16", "bfloat16")
     assert (config.vit.grid, config.num_queries) == (8, 3)
-    chat = models.from_dict(dict(family="chat", size="tiny", projector="two_mlp", middleware="tiny"))
+    fields = dict(family="chat", size="tiny", projector="two_mlp", middleware="tiny")
+    chat = models.from_dict(fields)
     assert chat.tokens_per_image == 16 + 4
 
 

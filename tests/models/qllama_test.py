@@ -29,7 +29,7 @@ def test_llama_with_all_variants_matches_a_step_by_step_cache():
     llama = Llama(config, jax.random.key(1))
     hidden = llama(llama.embed_tokens(IDS), mask=Causal() & Keys(IDS > 0))
     whole = np.asarray(llama.logits(hidden))
-    x, keys, values, _ = llama.run(llama.embed_tokens(IDS[:, :3]), mask=Causal(), cache=True)
+    _, keys, values, _ = llama.run(llama.embed_tokens(IDS[:, :3]), mask=Causal(), cache=True)
     from internvl_jax.models.llama import make_cache
 
     cache = make_cache(keys, values, jnp.ones((2, 3), bool), 8)
