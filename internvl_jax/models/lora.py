@@ -2,8 +2,9 @@
 
 An adapted kernel has two small neighbours, `lora_a` (in, r) and `lora_b` (r, out), and acts as
 kernel + 2 · lora_a · lora_b (alpha = 2r, the scale of InternVL's released LoRA fine-tuning). The
-sum is formed when a model is bound to its parameters, so no layer knows about adapters; gradients reach
-them through the sum, and freezing the kernels keeps gradients and moments to the adapters alone.
+sum is formed when a model is bound to its parameters, so no layer knows about adapters; gradients
+reach them through the sum, and freezing the kernels keeps gradients and moments to the adapters
+alone.
 """
 
 import re
