@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import sentencepiece
 
-from internvl_jax.data import conversation, questions, scenes, text, tokenizer
+from internvl_jax.data import conversation, questions, scenes, templates, text, tokenizer
 
 VOCABULARY_SIZE = 960
 _BOUNDARY = "\t"  # no piece reaches across; tabs do not occur in the text
@@ -68,7 +68,7 @@ def sentences() -> Iterator[str]:
             yield conversation.GENERATION_PROMPTS[language]
             yield "USER: "
     for _ in range(100):
-        yield f"{conversation.VICUNA_V1.system} USER: "
+        yield f"{templates.VICUNA_V1.system} USER: "
 
 
 def train() -> bytes:

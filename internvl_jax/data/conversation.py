@@ -4,14 +4,14 @@ Everything here is exact to the released program where it has one; `tokenizer` i
 `tokenizer.Tokenizer`. Label arrays hold IGNORE where no loss is taken.
 """
 
-import dataclasses
 import functools
 import re
-from collections.abc import Sequence
 
 import numpy as np
 
 from internvl_jax.data import text
+from internvl_jax.data.templates import TEMPLATES
+from internvl_jax.data.tokenizer import PAD_ID, padded
 
 IGNORE = -100
 IMAGE_TOKEN = -200
@@ -40,66 +40,36 @@ def contrastive_text(caption: str) -> str:
 
 @functools.lru_cache(1 << 16)
 def captioning_example(tokenizer, caption: str, language: str, length: int):
-    """Prompt, caption and end of text for the captioning loss: (ids, labels), int32 [length].
-
-    The prompt and the caption are tokenised apart. No loss falls on the prompt except on its
-    last token: the released program masks one position fewer than the prompt has.
-    """
-    prompt = tokenizer.encode(GENERATION_PROMPTS[language])
-    body = tokenizer.encode(
-        clean_caption(caption), bos=False, eos=True, length=length - len(prompt)
-    )
-    ids = np.zeros(length, np.int32)
-    labels = np.full(length, IGNORE, np.int32)
-    stop = len(prompt) + len(body)
-    ids[:stop] = prompt + body
-    labels[len(prompt) - 1 : stop] = ids[len(prompt) - 1 : stop]
+    """Prompt, cleaned caption and end of text for the captioning loss: (ids, labels) [length]."""
+    prompt = GENERATION_PROMPTS[language]
+    ids, _, labels = captioning_ids(tokenizer, prompt, clean_caption(caption), length)
     ids.flags.writeable = labels.flags.writeable = False  # shared by the cache
     return ids, labels
 
 
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """Layout of a chat: `system`, then per round the user's and the assistant's text.
+def captioning_ids(
+    tokenizer, prompt: str, caption: str, length: int, *, parse_special: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, mask, labels), each int32 [length], of a prompt and the caption after it.
 
-    system: text before the first round, or ""; user, assistant: names before each turn;
-    separator: text after the system message and after a user's turn.
+    The two are tokenised apart. No loss falls on the prompt except on its last token: the released
+    program masks one position fewer than the prompt has. Nor does it on an unknown piece, whose id
+    is that of the padding.
     """
-
-    system: str
-    user: str
-    assistant: str
-    separator: str
-
-    def prompt(self, rounds: Sequence[tuple[str, str | None]]) -> str:
-        """Renders rounds of (question, answer); a last answer of None asks for one."""
-        result = self.system + self.separator if self.system else ""
-        for question, answer in rounds:
-            result += f"{self.user}: {question}{self.separator}{self.assistant}:"
-            if answer is not None:
-                result += f" {answer}</s>"
-        return result
+    first = tokenizer.encode(prompt, parse_special=parse_special)
+    room = length - len(first)
+    body = tokenizer.encode(
+        caption, bos=False, eos=True, length=room, parse_special=parse_special
+    )
+    (ids,), (mask,) = padded([first + body], length)
+    learnt = (np.arange(length) >= len(first) - 1) & (ids != PAD_ID)
+    return ids, mask, np.where(learnt, ids, IGNORE)
 
 
-VICUNA_V1 = Template(
-    system=(
-        "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions."
-    ),
-    user="USER",
-    assistant="ASSISTANT",
-    separator=" ",
-)
-# The same turns without the system message: for small models with short contexts.
-BRIEF = dataclasses.replace(VICUNA_V1, system="")
-TEMPLATES = {"vicuna_v1": VICUNA_V1, "brief": BRIEF, "plain": None}
-
-
-def template(name: str) -> Template | None:
-    """The named template; "plain" is None: image, caption and a line break, without turns."""
-    if name not in TEMPLATES:
-        raise ValueError(f"unknown chat template {name!r}; choose one of {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
+# Templates that can be trained on: those of the others need a tokenizer with their special tokens.
+TRAINABLE = {
+    name: layout for name, layout in TEMPLATES.items() if layout is None or layout.end == "</s>"
+}
 
 
 def encode_chat(tokenizer, name, rounds, num_image_tokens: int):
@@ -112,7 +82,9 @@ def encode_chat(tokenizer, name, rounds, num_image_tokens: int):
     The pieces between marks and turns are tokenised one by one, as the released program does,
     so each starts with the tokenizer's leading space.
     """
-    layout = template(name)
+    if name not in TRAINABLE:
+        raise ValueError(f"no ids for chat template {name!r}; choose from {', '.join(TRAINABLE)}")
+    layout = TRAINABLE[name]
     ids, labels = [tokenizer.bos_id], [IGNORE]
 
     def add(segment, learn=False):
@@ -128,10 +100,10 @@ def encode_chat(tokenizer, name, rounds, num_image_tokens: int):
         if caption is not None:
             add(caption + "\n", learn=True)
         return ids, labels
-    system = layout.system + layout.separator if layout.system else ""
+    start = layout.start()
     for question, answer in rounds:
-        add(f"{system}{layout.user}: {question}{layout.separator}{layout.assistant}:")
-        system = ""
+        add(start + layout.question(question))
+        start = ""
         if answer is not None:
             # A picture in an answer would be learnt as text, so its mark is taken out.
             add(answer.replace(IMAGE_MARK, ""), learn=True)

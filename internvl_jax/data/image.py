@@ -1,7 +1,7 @@
 """Image files to uint8 arrays, with Pillow's antialiased bicubic resize throughout.
 
-Normalisation with the ImageNet mean and deviation happens on the device, so all results here
-are uint8 [H, W, 3].
+Training normalises on the device, so the transforms give uint8 [H, W, 3]; `normalise` does the same
+on the host, also with other models' statistics.
 """
 
 import os
@@ -13,6 +13,14 @@ from PIL import Image
 # About 13 400 pixels square: larger than any photograph, smaller than a decompression bomb.
 MAX_PIXELS = 178_956_970
 _BICUBIC = Image.Resampling.BICUBIC
+
+# Mean and deviation of red, green and blue in [0, 1], to the digits of the released code. Every
+# InternVL uses "imagenet".
+STATISTICS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.4814546, 0.4578275, 0.4082107), (0.2686295, 0.2613025, 0.2757711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 
 
 def read(file: str | os.PathLike | BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -55,6 +63,58 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     image = image.resize((width, height), _BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def pad_to_square(image: Image.Image, statistics: str = "imagenet") -> Image.Image:
+    """Puts an image in the middle of a square of the mean colour (InternVL-Chat 1.0)."""
+    width, height = image.size
+    side = max(width, height)
+    color = tuple(int(255 * mean) for mean in STATISTICS[statistics][0])
+    result = Image.new("RGB", (side, side), color)
+    result.paste(image, ((side - width) // 2, (side - height) // 2))
+    return result
+
+
+def tile_grid(
+    width: int, height: int, size: int, max_tiles: int, min_tiles: int = 1
+) -> tuple[int, int]:
+    """(columns, rows) of the tiles that an image is cut into (InternVL 1.5 on).
+
+    Of all grids with `min_tiles` to `max_tiles` tiles the one whose aspect is nearest to the
+    image's; of several equally near, a larger one if the image covers more than half of its pixels.
+    """
+    limit = range(1, max_tiles + 1)
+    grids = {(i, j) for n in limit for i in range(1, n + 1) for j in range(1, n + 1)}
+    grids = [(i, j) for i, j in grids if min_tiles <= i * j <= max_tiles]
+    best, nearest = (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        distance = abs(width / height - columns / rows)
+        fills = width * height > 0.5 * size * size * columns * rows
+        if distance < nearest or (distance == nearest and fills):
+            best, nearest = (columns, rows), distance
+    return best
+
+
+def tiles(
+    image: Image.Image, size: int, max_tiles: int, min_tiles: int = 1, thumbnail: bool = False
+) -> np.ndarray:
+    """Cuts an image into squares, row by row: uint8 [N, size, size, 3].
+
+    thumbnail: with more than one tile, the whole image as one more follows.
+    """
+    columns, rows = tile_grid(*image.size, size, max_tiles, min_tiles)
+    whole = np.asarray(image.resize((columns * size, rows * size), _BICUBIC))
+    grid = whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2)
+    result = grid.reshape(rows * columns, size, size, 3)
+    if thumbnail and len(result) > 1:
+        result = np.concatenate([result, square(image, size)[None]])
+    return result
+
+
+def normalise(pixels: np.ndarray, statistics: str = "imagenet") -> np.ndarray:
+    """uint8 [..., 3] → float32 with mean 0 and deviation 1 under the named statistics."""
+    mean, deviation = np.asarray(STATISTICS[statistics], np.float32)
+    return (pixels.astype(np.float32) / np.float32(255) - mean) / deviation
 
 
 def random_resized_crop(

@@ -85,7 +85,7 @@ def build(
         _choose("language", language, text.LANGUAGES)
     if not languages:
         raise ValueError("languages is empty; name at least one")
-    conversation.template(template)
+    _choose("chat template", template, conversation.TRAINABLE)
     if task == "instruct" and text_length < num_image_tokens + 16:
         raise ValueError(
             f"text_length {text_length} leaves no room for a conversation beside "

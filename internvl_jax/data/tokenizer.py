@@ -85,6 +85,10 @@ class Tokenizer:
             return np.zeros((0, length), np.int32)
         return np.stack([self._row(text, length, bos, eos) for text in texts])
 
+    def tokenize(self, text: str, *, parse_special: bool = False) -> list[str]:
+        """The pieces of a text as written in it: an unknown piece is its own letters."""
+        return [piece for _, piece in self._parts(text, parse_special)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids. Special, padding and placeholder ids (negative) are left out.
 
@@ -104,34 +108,57 @@ class Tokenizer:
         return row
 
     def _pieces(self, text, parse_special):
+        return tuple(i for i, _ in self._parts(text, parse_special))
+
+    def _parts(self, text, parse_special):
+        """(id, piece) of each part of a text."""
         if not parse_special:
-            return tuple(self._plain(text))
-        ids = []
+            return self._plain(text)
+        parts = []
         position = 0
         for match in self._control.finditer(text):
-            ids += self._plain(text[position : match.start()])
-            ids.append(self._model.piece_to_id(match.group()))
+            parts += self._plain(text[position : match.start()])
+            parts.append((self._model.piece_to_id(match.group()), match.group()))
             position = match.end()
-        return tuple(ids + self._plain(text[position:]))
+        return parts + self._plain(text[position:])
 
     def _plain(self, text):
-        """Ids of text in which nothing is special, not even a user-defined symbol."""
+        """(id, piece) of text in which nothing is special, not even a user-defined symbol."""
         if not text:
             return []
-        ids = self._model.encode(text)
         if self._symbols is None or not self._symbols.search(text):
-            return ids
+            return _encoded(self._model, text)
         # The model finds user-defined symbols by itself. Cut inside each, it cannot see them.
         cuts = [match.start() + 1 for match in self._symbols.finditer(text)]
-        parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        ids = self._model.encode(parts[0])
-        for part in parts[1:]:
-            ids += self._inner.encode(part)
-        return ids
+        first, *rest = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        parts = _encoded(self._model, first)
+        for part in rest:
+            parts += _encoded(self._inner, part)
+        return parts
 
     def _pattern(self, ids):
         pieces = sorted((self._model.id_to_piece(i) for i in ids), key=len, reverse=True)
         return re.compile("|".join(re.escape(piece) for piece in pieces))
+
+
+def padded(
+    rows: Sequence[Sequence[int]], length: int | None = None, side: str = "right"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids as one array with 0 on the given side, and its mask: two int32 [N, length].
+
+    length: None takes the longest row's. The mask is 1 on ids of the rows, 0 on the padding.
+    """
+    length = max(map(len, rows), default=0) if length is None else length
+    ids = np.full((len(rows), length), PAD_ID, np.int32)
+    mask = np.zeros_like(ids)
+    for n, row in enumerate(rows):
+        here = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        ids[n, here], mask[n, here] = row, 1
+    return ids, mask
+
+
+def _encoded(model, text):
+    return list(zip(model.encode(text), model.encode(text, out_type=str), strict=True))
 
 
 def _user_defined(model: bytes) -> list[int]:

@@ -114,7 +114,7 @@ class ChatAnswers:
 
     def run(self, config: ChatConfig, params: features.Params) -> Iterator[tuple[str, float]]:
         """Evaluate, yielding (name, value)."""
-        images, asked = self._questions(config.vit.image_size)
+        images, asked = self._questions(config.input_size)
         decoding = Decoding(
             max_new_tokens=self.max_new_tokens,
             num_beams=self.num_beams,

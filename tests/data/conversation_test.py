@@ -2,7 +2,7 @@
 
 import pytest
 
-from internvl_jax.data import conversation, text
+from internvl_jax.data import conversation, templates, text
 from internvl_jax.data.conversation import IGNORE, IMAGE_TOKEN
 from internvl_jax.data.tokenizer import Tokenizer
 
@@ -45,10 +45,10 @@ def test_prompts_are_the_released_strings():
 
 def test_vicuna_prompt_is_exact():
     rounds = [("What is it?", "A dog."), ("And now?", None)]
-    assert conversation.VICUNA_V1.prompt(rounds) == (
+    assert templates.VICUNA_V1.prompt(rounds) == (
         f"{SYSTEM} USER: What is it? ASSISTANT: A dog.</s>USER: And now? ASSISTANT:"
     )
-    assert conversation.BRIEF.prompt(rounds[1:]) == "USER: And now? ASSISTANT:"
+    assert templates.TEMPLATES["brief"].prompt(rounds[1:]) == "USER: And now? ASSISTANT:"
 
 
 def learnt(tokenizer, ids, labels):
@@ -132,4 +132,4 @@ def test_long_captions_are_cut_before_the_end_of_text(tokenizer):
 
 def test_unknown_template_is_named():
     with pytest.raises(ValueError, match="unknown chat template 'v2'; choose one of vicuna_v1"):
-        conversation.template("v2")
+        templates.template("v2")
