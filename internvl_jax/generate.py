@@ -42,12 +42,16 @@ def answer(
     images: jax.Array,
     decoding: Decoding,
     *,
+    valid: jax.Array | None = None,
     key: jax.Array | None = None,
     history: jax.Array | None = None,
 ) -> Generated:
-    """Answer chat prompts [B, T] about images [B, M, H, W, 3]; prompts padded with 0 as above."""
+    """Answer chat prompts [B, T] about images [B, M, H, W, 3]; prompts padded as above.
+
+    valid: bool [B, T], for vocabularies in which 0 is a word; None: padding is the id 0.
+    """
     room = tokens.shape[1] + decoding.max_new_tokens
-    logits, cache = model.prefill(tokens, images, room)
+    logits, cache = model.prefill(tokens, images, room, valid=valid)
     return generate(model.decode, logits, cache, decoding, key=key, history=history)
 
 

@@ -10,6 +10,7 @@ from internvl_jax.models.config import (
     VisionConfig,
     ViTConfig,
     from_dict,
+    to_dict,
 )
 from internvl_jax.models.init import abstract, bind, create, shardings
 
@@ -27,4 +28,5 @@ __all__ = [
     "create",
     "from_dict",
     "shardings",
+    "to_dict",
 ]

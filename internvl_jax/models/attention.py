@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from internvl_jax import kernels
 from internvl_jax.kernels import Mask
 from internvl_jax.models.config import LlamaConfig, ViTConfig
-from internvl_jax.models.layers import LayerNorm, Linear, RMSNorm, rotate
+from internvl_jax.models.layers import LayerNorm, Linear, RMSNorm
+from internvl_jax.models.rope import Tables, rotate
 from internvl_jax.sharding import spec
 
 
@@ -31,17 +33,19 @@ class ViTAttention(nnx.Module):
         width = config.width
         self.heads = config.num_heads
         self.qkv = Linear(width, 3 * width, first, axes=(None, "vit_wide"), bias=config.qkv_bias)
-        self.q_norm = RMSNorm(width, config.eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(width, config.eps) if config.qk_norm else None
+        eps = config.eps if config.qk_eps is None else config.qk_eps
+        self.q_norm = RMSNorm(width, eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(width, eps) if config.qk_norm else None
         self.proj = Linear(width, width, second, axes=(None, "vit_wide"), bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, D] → [B, N, D]."""
-        query, key, value = jnp.split(self.qkv(x), 3, axis=-1)
+        query, key, value = jnp.split(checkpoint_name(self.qkv(x), "qkv"), 3, axis=-1)
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (split_heads(a, self.heads) for a in (query, key, value))
-        return self.proj(merge_heads(kernels.attention(query, key, value)))
+        mixed = merge_heads(kernels.attention(query, key, value))
+        return self.proj(checkpoint_name(mixed, "attention"))
 
 
 class LlamaAttention(nnx.Module):
@@ -58,24 +62,26 @@ class LlamaAttention(nnx.Module):
         self.q = Linear(width, self.heads * dim, q, axes=("embed", "heads"), bias=bias)
         self.k = Linear(width, self.kv_heads * dim, k, axes=("embed", "kv_heads"), bias=bias)
         self.v = Linear(width, self.kv_heads * dim, v, axes=("embed", "kv_heads"), bias=bias)
-        self.o = Linear(self.heads * dim, width, o, axes=("heads", "embed"))
+        self.o = Linear(self.heads * dim, width, o, axes=("heads", "embed"), bias=config.o_bias)
         self.q_norm = RMSNorm(dim, config.eps) if config.qk_norm else None
         self.k_norm = RMSNorm(dim, config.eps) if config.qk_norm else None
 
     def project(
-        self, x: jax.Array, tables: tuple[jax.Array, jax.Array]
+        self, x: jax.Array, tables: Tables
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, T, H, D], rotated keys and values [B, T, K, D]."""
-        query = split_heads(self.q(x, "heads"), self.heads, "heads")
-        key = split_heads(self.k(x, "kv_heads"), self.kv_heads, "kv_heads")
-        value = split_heads(self.v(x, "kv_heads"), self.kv_heads, "kv_heads")
+        query, key, value = self.q(x, "heads"), self.k(x, "kv_heads"), self.v(x, "kv_heads")
+        query, key, value = (checkpoint_name(a, "qkv") for a in (query, key, value))
+        query = split_heads(query, self.heads, "heads")
+        key, value = (split_heads(a, self.kv_heads, "kv_heads") for a in (key, value))
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         return rotate(query, tables), rotate(key, tables), value
 
     def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> jax.Array:
         """Attention and output projection: [B, T, W]."""
-        return self.o(merge_heads(kernels.attention(query, key, value, mask=mask), "heads"))
+        mixed = merge_heads(kernels.attention(query, key, value, mask=mask), "heads")
+        return self.o(checkpoint_name(mixed, "attention"))
 
 
 class CrossAttention(nnx.Module):

@@ -4,6 +4,8 @@ Each image position of the prompt carries the id `IMAGE_TOKEN`; its embedding is
 by the projected features of the example's images.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,17 +22,18 @@ from internvl_jax.sharding import spec
 IMAGE_TOKEN = -200  # placeholder id of one image position (LLaVA's convention)
 
 
-def pixel_shuffle(x: jax.Array, side: int, version: str) -> jax.Array:
-    """Fold 2×2 neighbouring patches into the channels: [B, G², D] → [B, (G/2)², 4·D].
+def pixel_shuffle(x: jax.Array, fold: int, version: str) -> jax.Array:
+    """Fold k×k neighbouring patches into the channels: [B, G², D] → [B, (G/k)², k²·D], k = `fold`.
 
     Version "v1" (InternVL 1.1 and 1.2) leaves the token grid transposed, "v2" does not.
     """
-    batch, _, width = x.shape
-    half = side // 2
-    x = x.reshape(batch, side, half, 2 * width).transpose(0, 2, 1, 3)
-    x = x.reshape(batch, half, half, 4 * width)
+    batch, count, width = x.shape
+    side = math.isqrt(count)
+    small = side // fold
+    x = x.reshape(batch, side, small, fold * width).transpose(0, 2, 1, 3)
+    x = x.reshape(batch, small, small, fold * fold * width)
     x = x.transpose(0, 2, 1, 3) if version == "v2" else x
-    return x.reshape(batch, half * half, 4 * width)
+    return x.reshape(batch, small * small, fold * fold * width)
 
 
 class ShuffleProjector(nnx.Module):
@@ -57,7 +60,7 @@ class Chat(nnx.Module):
         self.vit = ViT(vit, next(keys))
         self.llm = Llama(llm, next(keys))
         if config.projector == "pixel_shuffle":
-            self.projector = ShuffleProjector(4 * vit.width, llm.width, next(keys))
+            self.projector = ShuffleProjector(config.shuffle**2 * vit.width, llm.width, next(keys))
         else:
             self.projector = Mlp(vit.width, llm.width, llm.width, next(keys), axes=axes)
         if config.middleware is not None:
@@ -74,13 +77,12 @@ class Chat(nnx.Module):
             )
 
     def image_features(self, images: jax.Array) -> jax.Array:
-        """Images [N, H, W, 3] → language-model embeddings [N, tokens_per_image, W]."""
+        """Square images [N, H, H, 3] → language-model embeddings [N, tokens_per_image, W]."""
         config = self.config
         last, states = self.vit(images, hidden_states=True)
         patches = states[config.select_layer][:, 1:]
         if config.projector == "pixel_shuffle":
-            side = images.shape[1] // config.vit.patch_size
-            patches = pixel_shuffle(patches, side, config.shuffle_version)
+            patches = pixel_shuffle(patches, config.shuffle, config.shuffle_version)
         features = self.projector(patches)
         if config.middleware is None:
             return features
@@ -99,42 +101,81 @@ class Chat(nnx.Module):
         )
         return jnp.concatenate([self.query_projector(hidden), features], axis=1)
 
-    def embed(self, tokens: jax.Array, images: jax.Array) -> jax.Array:
+    def embed(
+        self, tokens: jax.Array, images: jax.Array, present: jax.Array | None = None
+    ) -> jax.Array:
         """Token embeddings with image features in the image positions.
 
         Args:
-            tokens: int32 [B, T]; `IMAGE_TOKEN` marks image positions, 0 padding.
+            tokens: int32 [B, T]; `IMAGE_TOKEN`, or the configuration's `image_token_id`, marks
+                image positions.
             images: [B, M, H, W, 3]; the features of an example's M images fill its image positions
                 in order. Features beyond the positions (an example with fewer images) are unused.
+            present: bool [B, M]; images that are not present are passed over. None: all are.
         """
         batch, count = images.shape[:2]
         flat = jnp.reshape(
             images, (batch * count, *images.shape[2:]), out_sharding=spec("batch", *(None,) * 3)
         )
         features = self.image_features(flat)
+        size = features.shape[1]
         features = jnp.reshape(
-            features, (batch, -1, features.shape[-1]), out_sharding=spec("batch", None, None)
+            features, (batch, count * size, features.shape[-1]),
+            out_sharding=spec("batch", None, None),
         )
         here = tokens == IMAGE_TOKEN
-        order = jnp.clip(jnp.cumsum(here, axis=1) - 1, 0, features.shape[1] - 1)
+        if self.config.image_token_id is not None:
+            here |= tokens == self.config.image_token_id
+        order = jnp.clip(jnp.cumsum(here, axis=1) - 1, 0, count * size - 1)
+        if present is not None:
+            first = jnp.argsort(~present.astype(bool), axis=1, stable=True)  # present ones first
+            order = jnp.take_along_axis(first, order // size, axis=1) * size + order % size
         placed = jnp.take_along_axis(features, order[..., None], axis=1)
         words = self.llm.embed_tokens(tokens)
         return jnp.where(here[..., None], placed.astype(words.dtype), words)
 
-    def __call__(self, tokens: jax.Array, images: jax.Array) -> jax.Array:
-        """Next-token logits float32 [B, T, V] of a right-padded batch."""
-        mask = Causal() & Keys(tokens != 0)
-        return self.llm.logits(self.llm(self.embed(tokens, images), mask=mask))
+    def hidden(
+        self,
+        tokens: jax.Array,
+        images: jax.Array,
+        *,
+        valid: jax.Array | None = None,
+        present: jax.Array | None = None,
+    ) -> jax.Array:
+        """Final-norm states [B, T, W].
+
+        valid: bool [B, T], which positions hold text or image; None: those whose id is not 0.
+        The rest is as for `embed`.
+        """
+        mask = Causal() & Keys(tokens != 0 if valid is None else valid)
+        return self.llm(self.embed(tokens, images, present), mask=mask)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        images: jax.Array,
+        *,
+        valid: jax.Array | None = None,
+        present: jax.Array | None = None,
+    ) -> jax.Array:
+        """Next-token logits float32 [B, T, V]; arguments as for `hidden`."""
+        return self.llm.logits(self.hidden(tokens, images, valid=valid, present=present))
 
     def prefill(
-        self, tokens: jax.Array, images: jax.Array, length: int
+        self,
+        tokens: jax.Array,
+        images: jax.Array,
+        length: int,
+        *,
+        valid: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """Start an answer: the whole prompt, padded with 0 on either side.
+        """Start an answer: the whole prompt, padded on either side (`valid` as for a call).
 
         Returns:
             Logits of the first new token [B, V], and a cache of `length` slots.
         """
-        return prefill(self.llm, self.embed(tokens, images), tokens != 0, length)
+        valid = tokens != 0 if valid is None else valid
+        return prefill(self.llm, self.embed(tokens, images), valid, length)
 
     def decode(self, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """One more token per row."""
@@ -148,10 +189,14 @@ class LanguageModel(nnx.Module):
         self.config = config
         self.llama = Llama(config.llama, key)
 
+    def hidden(self, tokens: jax.Array) -> jax.Array:
+        """Final-norm states [B, T, W]; id 0 is padding."""
+        mask = Causal() & Keys(tokens > 0)
+        return self.llama(self.llama.embed_tokens(tokens), mask=mask)
+
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Next-token logits float32 [B, T, V]; id 0 is padding."""
-        mask = Causal() & Keys(tokens > 0)
-        return self.llama.logits(self.llama(self.llama.embed_tokens(tokens), mask=mask))
+        return self.llama.logits(self.hidden(tokens))
 
     def prefill(self, tokens: jax.Array, length: int) -> tuple[jax.Array, Cache]:
         """Start a continuation of prompts padded with 0 on either side."""

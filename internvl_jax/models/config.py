@@ -6,9 +6,12 @@ Published sizes: InternViT-6B and QLLaMA after arXiv 2312.14238 Table 1 and the 
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+from internvl_jax.models.layers import REMAT_POLICIES
 
 
 class ModelConfigError(ValueError):
@@ -28,6 +31,7 @@ class ViTConfig:
     norm: str = "rmsnorm"  # or "layernorm" (InternViT-300M)
     qkv_bias: bool = False
     qk_norm: bool = True
+    qk_eps: float | None = None  # of the norms of q and k; None: eps
     layer_scale: float = 0.1  # initial value
     drop_path: float = 0.0
     drop_path_schedule: str = "linear"  # or "uniform" (paper Table 20, stage 1)
@@ -40,6 +44,7 @@ class ViTConfig:
         _require(self.width % self.num_heads == 0, "vit width must divide by its heads")
         _require(self.image_size % self.patch_size == 0, "image_size must divide by patch_size")
         _choose("norm", self.norm, ("rmsnorm", "layernorm"))
+        _choose("remat", self.remat, tuple(REMAT_POLICIES))
         _choose("drop_path_schedule", self.drop_path_schedule, ("linear", "uniform"))
 
     @property
@@ -61,9 +66,43 @@ class ViTConfig:
         ]
 
 
+ROPE_SCALINGS = ("linear", "dynamic", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are changed for texts longer than `original_positions`.
+
+    linear: all divided by `factor`. dynamic: the base grows with the length beyond
+    `original_positions` (NTK-aware; InternLM2, Qwen2 in InternVL 3). llama3: only low frequencies
+    are divided, with a ramp between two wavelengths. yarn (arXiv 2309.00071): a ramp between two
+    numbers of rotations, and the tables times `attention_factor`.
+    """
+
+    kind: str
+    factor: float
+    original_positions: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None  # None: 0.1 · ln(factor) + 1
+
+    def __post_init__(self) -> None:
+        _choose("rope scaling", self.kind, ROPE_SCALINGS)
+
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "internlm2")
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
-    """LLaMA and its relatives: grouped queries, Qwen2's biases, Qwen3's per-head norms."""
+    """LLaMA and its relatives: grouped queries, Qwen2's biases, Qwen3's per-head norms.
+
+    `architecture` says under whose names the weights are exchanged with other programs; InternLM2
+    is a LLaMA under other names. The ids and `max_positions` are what such a program needs to know
+    of the model; nothing is computed from them here.
+    """
 
     vocab_size: int
     width: int
@@ -75,13 +114,23 @@ class LlamaConfig:
     eps: float = 1e-6
     rope_base: float = 10000.0
     qkv_bias: bool = False
+    rope_scaling: RopeScaling | None = None
     qk_norm: bool = False
+    o_bias: bool = False
     tie_embeddings: bool = False
+    architecture: str = "llama"
+    max_positions: int = 2048
+    bos_id: int | None = 1
+    eos_ids: tuple[int, ...] = (2,)
+    pad_id: int | None = 0
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
 
     def __post_init__(self) -> None:
+        _choose("remat", self.remat, tuple(REMAT_POLICIES))
+        _choose("architecture", self.architecture, ARCHITECTURES)
+        object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
         if self.head_dim is None:
             _require(self.width % self.num_heads == 0, "llama width must divide by its heads")
             object.__setattr__(self, "head_dim", self.width // self.num_heads)
@@ -168,30 +217,51 @@ class ChatConfig:
     `projector`: "mlp" maps ViT patches; "pixel_shuffle" folds 2×2 patches first (InternVL 1.1 on);
     "two_mlp" puts the QLLaMA query outputs before the patches (paper Fig. 4d) and needs
     `middleware`.
+
+    `image_token_id` marks image positions in prompts, beside `chat.IMAGE_TOKEN`, where the
+    checkpoint's vocabulary has an id for them. `template` names the layout of its conversations.
+    `class_names` says that the layout "hf" names weights as the class does, not as released files.
     """
 
     vit: ViTConfig
     llm: LlamaConfig
     projector: str = "mlp"
     select_layer: int = -1  # hidden state of the tower; -4 in InternVL-Chat 1.0
+    shuffle: int = 2  # neighbouring patches per side that "pixel_shuffle" folds into one
     shuffle_version: str = "v2"  # "v1" leaves the shuffled tokens transposed
+    image_size: int | None = None  # pixels per side of the tower's input; None: its native size
+    image_token_id: int | None = None
+    template: str = "vicuna_v1"
+    class_names: bool = False
     middleware: InternVLConfig | None = None
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         _choose("projector", self.projector, PROJECTORS)
         _choose("shuffle_version", self.shuffle_version, ("v1", "v2"))
+        folds = self.projector == "pixel_shuffle"
+        side = self.input_size // self.vit.patch_size
+        _require(
+            not folds or side % self.shuffle == 0,
+            f"{side} patches per side cannot be folded {self.shuffle} by {self.shuffle}",
+        )
         _require(
             (self.projector == "two_mlp") == (self.middleware is not None),
             "projector 'two_mlp' and a middleware come together",
         )
 
     @property
+    def input_size(self) -> int:
+        """Pixels per side of the images this model is fed with."""
+        return self.image_size or self.vit.image_size
+
+    @property
     def tokens_per_image(self) -> int:
-        """Language-model positions that one image of the native size takes."""
-        patches = self.vit.grid**2
+        """Language-model positions that one image of `input_size` takes."""
+        side = self.input_size // self.vit.patch_size
         if self.projector == "pixel_shuffle":
-            return patches // 4
+            return (side // self.shuffle) ** 2
+        patches = side**2
         return patches + (self.middleware.num_queries if self.middleware else 0)
 
     def sharded_dimensions(self) -> list[tuple[str, int, str]]:
@@ -245,10 +315,12 @@ LLAMAS = {
         vocab_size=49954, width=4096, depth=32, num_heads=32, mlp_dim=11008
     ),
     "vicuna_7b": LlamaConfig(
-        vocab_size=32000, width=4096, depth=32, num_heads=32, mlp_dim=11008, eps=1e-5
+        vocab_size=32000, width=4096, depth=32, num_heads=32, mlp_dim=11008, eps=1e-5,
+        max_positions=4096,
     ),
     "vicuna_13b": LlamaConfig(
-        vocab_size=32000, width=5120, depth=40, num_heads=40, mlp_dim=13824, eps=1e-5
+        vocab_size=32000, width=5120, depth=40, num_heads=40, mlp_dim=13824, eps=1e-5,
+        max_positions=4096,
     ),
 }
 
@@ -265,8 +337,9 @@ INTERNVLS = {
 CHATS = {
     "tiny": ChatConfig(VITS["tiny"], LLAMAS["tiny"]),
     "demo": ChatConfig(VITS["demo"], LLAMAS["demo"]),
-    "vicuna_7b": ChatConfig(VITS["6b"], LLAMAS["vicuna_7b"], select_layer=-4),
-    "vicuna_13b": ChatConfig(VITS["6b"], LLAMAS["vicuna_13b"], select_layer=-4),
+    # The tower of 224 pixels is fed with 336.
+    "vicuna_7b": ChatConfig(VITS["6b"], LLAMAS["vicuna_7b"], select_layer=-4, image_size=336),
+    "vicuna_13b": ChatConfig(VITS["6b"], LLAMAS["vicuna_13b"], select_layer=-4, image_size=336),
 }
 
 LANGUAGE_MODELS = {name: LanguageModelConfig(llama) for name, llama in LLAMAS.items()}
@@ -299,19 +372,45 @@ def _override(config: Any, overrides: dict[str, Any], used: set[str]) -> Any:
     return replace(config, **changes)
 
 
+def to_dict(config: ModelConfig) -> dict[str, Any]:
+    """JSON values from which `from_dict` makes this configuration again."""
+    for family, sizes in FAMILIES.items():
+        for size, named in sizes.items():
+            if named == config:
+                return {"family": family, "size": size}
+    return {"class": type(config).__name__, **dataclasses.asdict(config)}
+
+
+def _from_fields(kind: type, fields: Mapping[str, Any]) -> Any:
+    """The inverse of `dataclasses.asdict`."""
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(fields) - set(hints))
+    if unknown:
+        raise ModelConfigError(f"{kind.__name__} has no field {', '.join(unknown)}")
+    values = dict(fields)
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            inside = [hints[name], *typing.get_args(hints[name])]
+            values[name] = _from_fields(next(filter(dataclasses.is_dataclass, inside)), value)
+    return kind(**values)
+
+
 def from_dict(model: Mapping[str, Any]) -> ModelConfig:
     """Experiment fields → model configuration.
 
     `family` and `size` choose a named configuration; `lora` is None or dict(rank=…, targets=…);
     `middleware` names the InternVL size behind projector "two_mlp". Every other entry overrides the
     field of that name wherever it occurs (`dtype`, `remat`, `unroll`, `image_size`, `drop_path`,
-    `num_queries`, …).
+    `num_queries`, …). Or `class` names the configuration and all its fields follow (`to_dict`).
 
     Raises:
         ModelConfigError: unknown family, size or field (with the nearest valid name), or sizes
             that contradict one another.
     """
     fields = dict(model)
+    if "class" in fields:
+        kinds = {kind.__name__: kind for kind in typing.get_args(ModelConfig)}
+        return _from_fields(_lookup("model class", fields.pop("class"), kinds), fields)
     family = _lookup("model family", fields.pop("family"), FAMILIES)
     config = _lookup("model size", fields.pop("size"), family)
     if fields.get("lora") is not None:

@@ -48,7 +48,8 @@ def create(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
 
 def abstract(config: ModelConfig) -> dict[str, Any]:
     """The tree of `create` as ShapeDtypeStructs (with shardings when a mesh is set)."""
-    return jax.eval_shape(functools.partial(_build, config), jax.random.key(0))
+    # The key is traced too: the mesh may be one of devices that only a compiler knows.
+    return jax.eval_shape(lambda: _build(config, jax.random.key(0)))
 
 
 def shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:

@@ -68,10 +68,10 @@ class InternVL(nnx.Module):
     # ---- images -------------------------------------------------------------------------------
 
     def vision(
-        self, pixels: jax.Array, *, mask_ratio: float = 0.0, key: jax.Array | None = None
+        self, pixels: jax.Array, *, mask_ratio: float = 0.0, keys: jax.Array | None = None
     ) -> jax.Array:
-        """Pixels [B, H, W, 3] → vision tokens [B, 1 + N, D]."""
-        return self.vit(pixels, mask_ratio=mask_ratio, key=key)
+        """Pixels [B, H, W, 3] → vision tokens [B, 1 + N, D]; keys [B] for training."""
+        return self.vit(pixels, mask_ratio=mask_ratio, keys=keys)
 
     def query_embeddings(self, rows: int) -> jax.Array:
         """The learnable queries repeated over the batch, [rows, Q, W]."""

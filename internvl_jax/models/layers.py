@@ -128,36 +128,29 @@ class SwiGlu(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x, "mlp")) * self.up(x, "mlp"))
 
 
-def drop_path(x: jax.Array, rate: jax.Array | float, key: jax.Array | None) -> jax.Array:
+def split_each(keys: jax.Array, count: int) -> jax.Array:
+    """Keys [B], one per example → [count, B]."""
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
+
+
+def uniform_each(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A draw per example, [B, *shape], from keys [B].
+
+    So an example's draw is its own: it does not depend on the rest of its batch.
+    """
+    return jax.vmap(lambda key: jax.random.uniform(key, shape))(keys)
+
+
+def drop_path(x: jax.Array, rate: jax.Array | float, keys: jax.Array | None) -> jax.Array:
     """Stochastic depth: drop a whole residual branch per example, scale the kept ones by 1/keep.
 
-    `x` is [B, …]; `key` None means evaluation. (timm DropPath semantics.)
+    `x` is [B, …], `keys` [B]; None means evaluation. (timm DropPath semantics.)
     """
-    if key is None:
+    if keys is None:
         return x
     keep = 1.0 - rate
-    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-    out = spec("batch", *(None,) * (x.ndim - 1))
-    kept = jax.random.uniform(key, shape, out_sharding=out) < keep
+    kept = uniform_each(keys, (1,) * (x.ndim - 1)) < keep
     return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
-
-
-def rope(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
-    """Rotary tables cos, sin: float32 [B, T, head_dim] for int32 positions [B, T].
-
-    Frequencies base^(−2j/head_dim), duplicated by concatenation (the rotate-half layout).
-    """
-    frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Apply rotary tables to heads: [B, T, H, D]."""
-    cos, sin = (table[:, :, None, :].astype(x.dtype) for table in tables)
-    low, high = jnp.split(x, 2, axis=-1)
-    return x * cos + jnp.concatenate([-high, low], axis=-1) * sin
 
 
 def stack(build: Any, depth: int, key: jax.Array) -> Any:
@@ -165,17 +158,24 @@ def stack(build: Any, depth: int, key: jax.Array) -> Any:
     return jax.vmap(build)(jax.random.split(key, depth))
 
 
+# What a layer keeps for its backward pass, from the least memory to the least recomputation. The
+# names are those of `checkpoint_name` in `attention.py`.
+_keep = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES = {
-    "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": _keep("attention"),
+    "projections": _keep("attention", "qkv"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": None,
 }
 
 
 def remat(body: Any, policy: str) -> Any:
-    """Wrap a scan body in rematerialisation: "none", "dots" (keep products), "full"."""
-    if policy not in REMAT_POLICIES:
-        raise ValueError(f"remat {policy!r}: choose from {list(REMAT_POLICIES)}")
+    """Wrap a scan body in rematerialisation by the name of a policy.
+
+    "full" keeps the layer's input alone; "attention" also what attention gives, "projections" its
+    queries, keys and values too, "dots" every product with a weight; "none" keeps everything.
+    """
     if policy == "none":
         return body
     return jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[policy])

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from internvl_jax.kernels import Keys, Mask
+from internvl_jax.models import rope
 from internvl_jax.models.attention import LlamaAttention
 from internvl_jax.models.config import LlamaConfig
-from internvl_jax.models.layers import Embed, Linear, RMSNorm, SwiGlu, remat, rope, stack
+from internvl_jax.models.layers import Embed, Linear, RMSNorm, SwiGlu, remat, stack
+from internvl_jax.models.rope import Tables
 from internvl_jax.sharding import spec
-
-Tables = tuple[jax.Array, jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -114,17 +114,22 @@ class Llama(nnx.Module):
 
     def tables(self, positions: jax.Array) -> Tables:
         """Rotary tables for positions [B, T]."""
-        return rope(positions, self.config.head_dim, self.config.rope_base)
+        config = self.config
+        return rope.tables(positions, config.head_dim, config.rope_base, config.rope_scaling)
+
+    def head_kernel(self) -> jax.Array:
+        """The language head [W, V], float32: its own kernel or the transposed embedding table."""
+        if self.lm_head is not None:
+            return self.lm_head.kernel[...]
+        if not self.config.tie_embeddings:
+            raise ValueError("this LLaMA has no language head (an InternVL-C text tower)")
+        return self.embed.embedding[...].T
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final-norm hidden states [B, T, W] → float32 [B, T, V]."""
-        if self.lm_head is not None:
-            return self.lm_head(hidden).astype(jnp.float32)
-        if not self.config.tie_embeddings:
-            raise ValueError("this LLaMA has no language head (an InternVL-C text tower)")
-        table = self.embed.embedding[...].astype(hidden.dtype)
+        kernel = self.head_kernel().astype(hidden.dtype)
         out = spec("batch", None, None)
-        return jnp.einsum("btd,vd->btv", hidden, table, out_sharding=out).astype(jnp.float32)
+        return jnp.einsum("btd,dv->btv", hidden, kernel, out_sharding=out).astype(jnp.float32)
 
     def __call__(
         self,

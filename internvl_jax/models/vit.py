@@ -20,7 +20,9 @@ from internvl_jax.models.layers import (
     drop_path,
     normal,
     remat,
+    split_each,
     stack,
+    uniform_each,
 )
 from internvl_jax.models.positions import resize_position_embedding
 from internvl_jax.sharding import spec
@@ -69,8 +71,8 @@ class Block(nnx.Module):
         self.mlp = Mlp(width, config.mlp_dim, width, second, axes=(None, "vit_wide", None))
         self.ls2 = constant(config.layer_scale, (width,))
 
-    def __call__(self, x: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array:
-        first, second = (None, None) if key is None else jax.random.split(key)
+    def __call__(self, x: jax.Array, rate: jax.Array, keys: jax.Array | None) -> jax.Array:
+        first, second = (None, None) if keys is None else split_each(keys, 2)
         with jax.named_scope("attention"):
             branch = self.attn(self.norm1(x)) * self.ls1[...].astype(x.dtype)
             x = x + drop_path(branch, rate, first)
@@ -96,11 +98,11 @@ class ViT(nnx.Module):
         self.blocks = stack(lambda k: Block(config, k), config.depth, blocks)
 
     def embed(
-        self, pixels: jax.Array, *, mask_ratio: float = 0.0, key: jax.Array | None = None
+        self, pixels: jax.Array, *, mask_ratio: float = 0.0, keys: jax.Array | None = None
     ) -> jax.Array:
         """Pixels [B, H, W, 3] → tokens [B, 1 + kept, D] with positions added.
 
-        With `mask_ratio` > 0 and a key, that share of the patches is removed from the sequence,
+        With `mask_ratio` > 0 and keys [B], that share of the patches is removed from the sequence,
         a different random set for each image (FLIP; paper appendix A.3); the class token stays.
         Another image size than the configured one resizes the position embedding.
         """
@@ -109,9 +111,9 @@ class ViT(nnx.Module):
         patches = patchify(normalise(pixels), config.patch_size)
         positions = resize_position_embedding(self.position_embedding[...], grid)
         batch, count, _ = patches.shape
-        if mask_ratio > 0.0 and key is not None:
+        if mask_ratio > 0.0 and keys is not None:
             kept = count - int(count * mask_ratio)
-            noise = jax.random.uniform(key, (batch, count), out_sharding=spec("batch", None))
+            noise = uniform_each(keys, (count,))
             index = jnp.argsort(noise, axis=1)[:, :kept]
             patches = jnp.take_along_axis(patches, index[..., None], axis=1)
             out = spec("batch", None, None)
@@ -132,7 +134,7 @@ class ViT(nnx.Module):
         *,
         layers: int | None = None,
         mask_ratio: float = 0.0,
-        key: jax.Array | None = None,
+        keys: jax.Array | None = None,
         hidden_states: bool = False,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Run the tower.
@@ -141,8 +143,8 @@ class ViT(nnx.Module):
             pixels: [B, H, W, 3], uint8 or ImageNet-normalised floats.
             layers: stop after this many blocks (negative counts from the end as Python does over
                 the depth + 1 hidden states: -1 is the last, -4 leaves out three blocks).
-            mask_ratio: share of patches removed; needs `key`.
-            key: enables token masking and stochastic depth; None is evaluation.
+            mask_ratio: share of patches removed; needs `keys`.
+            keys: [B], for token masking and stochastic depth of each image; None is evaluation.
             hidden_states: also return the residual stream after every block.
 
         Returns:
@@ -154,18 +156,18 @@ class ViT(nnx.Module):
         layers = layers + depth + 1 if layers < 0 else layers
         if not 0 <= layers <= depth:
             raise ValueError(f"layers={layers} is outside the tower's {depth} blocks")
-        mask_key, drop_key = (None, None) if key is None else jax.random.split(key)
-        x = embedded = self.embed(pixels, mask_ratio=mask_ratio, key=mask_key)
-        stochastic = drop_key is not None and self.config.drop_path > 0.0
-        keys = jax.random.split(drop_key, depth) if stochastic else None
+        for_masks, for_drops = (None, None) if keys is None else split_each(keys, 2)
+        x = embedded = self.embed(pixels, mask_ratio=mask_ratio, keys=for_masks)
+        stochastic = for_drops is not None and self.config.drop_path > 0.0
+        layer_keys = split_each(for_drops, depth) if stochastic else None
 
         def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, jax.Array | None]:
-            block, rate, block_key = layer
-            x = block(x, rate, block_key)
+            block, rate, block_keys = layer
+            x = block(x, rate, block_keys)
             return x, (x if hidden_states else None)
 
         rates = jnp.asarray(self.config.drop_path_rates(), jnp.float32)
-        xs = jax.tree.map(lambda a: a[:layers], (self.blocks, rates, keys))
+        xs = jax.tree.map(lambda a: a[:layers], (self.blocks, rates, layer_keys))
         unroll = min(self.config.unroll, max(layers, 1))
         x, states = jax.lax.scan(remat(body, self.config.remat), x, xs, unroll=unroll)
         if hidden_states:

@@ -43,7 +43,8 @@ def test_image_that_is_no_whole_number_of_patches(vit):
 
 def test_token_masking_keeps_the_class_token_and_a_subset_of_patches(vit, pixels):
     whole = np.asarray(vit.embed(pixels))
-    masked = np.asarray(vit.embed(pixels, mask_ratio=0.5, key=jax.random.key(1)))
+    keys = jax.random.split(jax.random.key(1), 3)
+    masked = np.asarray(vit.embed(pixels, mask_ratio=0.5, keys=keys))
     assert masked.shape == (3, 1 + 8, CONFIG.width)
     np.testing.assert_allclose(masked[:, 0], whole[:, 0], atol=1e-6)
     kept = []
@@ -59,7 +60,8 @@ def test_published_token_counts():
     """99 tokens at 196 px with half removed, 257 at 224 px."""
     config = replace(CONFIG, patch_size=14, image_size=224)
     vit = ViT(config, jax.random.key(0))
-    masked = vit.embed(jnp.zeros((1, 196, 196, 3)), mask_ratio=0.5, key=jax.random.key(0))
+    keys = jax.random.split(jax.random.key(0), 1)
+    masked = vit.embed(jnp.zeros((1, 196, 196, 3)), mask_ratio=0.5, keys=keys)
     assert masked.shape[1] == 99
     assert vit.embed(jnp.zeros((1, 224, 224, 3))).shape[1] == 257
 
@@ -74,7 +76,9 @@ def test_layers_count_like_the_list_of_hidden_states(vit, pixels):
         vit(pixels, layers=7)
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [("full", 1), ("dots", 2), ("none", 2)])
+@pytest.mark.parametrize(
+    ("remat", "unroll"), [("full", 1), ("attention", 1), ("projections", 2), ("none", 2)]
+)
 def test_remat_and_unroll_change_no_value(vit, pixels, remat, unroll):
     other = ViT(replace(CONFIG, remat=remat, unroll=unroll), jax.random.key(0))
 
@@ -90,7 +94,7 @@ def test_remat_and_unroll_change_no_value(vit, pixels, remat, unroll):
 
 def test_drop_path_keeps_the_mean_and_drops_whole_examples():
     x = jnp.ones((4000, 3))
-    out = np.asarray(drop_path(x, 0.25, jax.random.key(0)))
+    out = np.asarray(drop_path(x, 0.25, jax.random.split(jax.random.key(0), 4000)))
     assert {round(float(v), 5) for v in np.unique(out)} == {0.0, round(4 / 3, 5)}
     assert (out.min(axis=1) == out.max(axis=1)).all()
     assert out.mean() == pytest.approx(1.0, abs=0.03)
