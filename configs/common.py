@@ -29,7 +29,9 @@ def experiment() -> ConfigDict:
                 family="internvl",
                 size="14b",  # InternViT-6B and QLLaMA-8B
                 dtype="bfloat16",  # of activations; parameters and moments are float32
-                remat="full",  # recompute each layer in the backward pass; "dots", "none"
+                # What a layer keeps for its backward pass, from the least memory to the least
+                # recomputation: "full", "attention", "projections", "dots", "none".
+                remat="full",
                 unroll=1,  # layers per step of the scan; more compiles longer, runs faster
             ),
             init_from=(),  # dict(path=…, rename=((regex, replacement), …)), in order of precedence
@@ -47,6 +49,7 @@ def experiment() -> ConfigDict:
                 layer_decay=(),  # (tower, rate): rate^(layers above) on the learning rate
             ),
             batch_size=1024,  # examples per step over all devices
+            chunks=1,  # parts in which a step works through the batch: less memory, same result
             steps=1000,
             data=dict(
                 task="contrastive",
@@ -75,7 +78,7 @@ def tiny(config: ConfigDict) -> ConfigDict:
     config.model.update(size="tiny", dtype="float32", remat="none")
     config.init_from = ()
     config.optimizer.warmup_steps = 1
-    config.update(batch_size=8, steps=4, log_every=1)
+    config.update(batch_size=8, chunks=1, steps=4, log_every=1)
     config.data.update(image_size=32, text_length=48, tokenizer="", template="brief")
     with config.ignore_type():
         config.data.sources = (("scenes", 0.75), ("digits", 0.25))

@@ -17,7 +17,10 @@ def get_config(arg: str = "") -> ConfigDict:
     words = common.options(arg, "tiny")
     config = common.experiment()
     config.objective = "generative"
-    config.objective_options = ConfigDict(dict(label_smoothing=0.0))  # released default
+    config.objective_options = ConfigDict(
+        # The released smoothing; 49,954 logits per token, an eighth of them at a time.
+        dict(label_smoothing=0.0, ring=True, vocabulary_slices=8)
+    )
     config.model.update(image_size=224, drop_path=0.0)
     # Queries, cross-attention and the two heads are new; all else comes from stage 1, except the
     # language head, which stage 1 does not hold and the LLaMA checkpoint does.
@@ -53,6 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
             ("jsonl:data/wukong.jsonl", 69.4),
             ("jsonl:data/laion-multi-stage2.jsonl", 100.0),
         )
+    config.mesh.update(replica=-1, fsdp=128)  # a pod of n × 128 chips
     if "tiny" in words:
         common.tiny(config)
         config.model.image_size = 32

@@ -21,6 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
     words = common.options(arg, "projector", "qllama", "tiny")
     config = common.experiment()
     config.objective = "instruct"
+    config.objective_options = ConfigDict(dict(vocabulary_slices=4))  # of 32,000 logits per token
     config.model.update(
         family="chat",
         size="vicuna_13b",

@@ -105,13 +105,16 @@ def check(config: ConfigDict) -> None:
     from internvl_jax.models import config as models
 
     _one_of("objective", config.objective, objectives.OBJECTIVES)
+    options = dataclasses.fields(objectives.OBJECTIVES[config.objective])
+    for name in config.objective_options:
+        _one_of("objective_options", name, [option.name for option in options])
     try:
         models.from_dict(config.model)
     except models.ModelConfigError as error:
         raise ConfigError(f"config.model: {error}") from error
     _one_of("data.task", config.data.task, pipelines.TASKS)
     _one_of("data.augment", config.data.augment, pipelines.AUGMENTATIONS)
-    _one_of("data.template", config.data.template, conversation.TEMPLATES)
+    _one_of("data.template", config.data.template, conversation.TRAINABLE)
     for language in config.data.languages:
         _one_of("data.languages", language, text.LANGUAGES)
     for name in config.evals:
@@ -119,7 +122,7 @@ def check(config: ConfigDict) -> None:
     for source, _ in config.data.sources:
         if not source.startswith("jsonl:"):
             _one_of("data.sources", source.partition("/")[0], ("scenes", "digits", "jsonl:PATH"))
-    for field in ("batch_size", "steps", "log_every"):
+    for field in ("batch_size", "chunks", "steps", "log_every"):
         if config[field] < 1:
             raise ConfigError(f"config key {field!r} must be at least 1, got {config[field]}")
 

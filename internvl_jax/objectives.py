@@ -1,11 +1,12 @@
-"""What each stage optimises: (model, batch, key) → (loss, metrics).
+"""What each stage optimises. The only file that knows the stages.
 
-The only file that knows the stages. Nothing here freezes anything: which parameters move is a
-partition of the parameter tree, made before the gradient is taken. Batches hold uint8 images and
-int32 ids right-padded with 0; a metric is a float32 scalar.
+Nothing here freezes anything: which parameters move is a partition of the parameter tree, made
+before the gradient is taken. Batches hold uint8 images and int32 ids right-padded with 0; a metric
+is a float32 scalar.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,35 +17,120 @@ from internvl_jax.kernels import ITC, ITG, ITM, Keys, Middleware
 from internvl_jax.sharding import spec
 
 Batch = Mapping[str, jax.Array]
+Outputs = dict[str, jax.Array]
 Result = tuple[jax.Array, dict[str, jax.Array]]
 
 
-def language(model: Any, batch: Batch, *, key: jax.Array | None = None) -> Result:
-    """Stage 0: next-token prediction on text alone. Batch: tokens [B, L]."""
-    tokens = batch["tokens"]
-    labels = jnp.where(tokens > 0, tokens, losses.IGNORE)
-    logits = model(tokens)
-    loss = losses.next_token(logits, labels)
-    return loss, {"loss": loss, "token_accuracy": losses.accuracy(logits[:, :-1], labels[:, 1:])}
+class Objective:
+    """A loss in the parts that let a step work through its batch in chunks (`train.gradients`).
+
+    prepare: what depends on an example's place in the whole batch, as further fields of the batch.
+    outputs: float32 arrays [B, …] of any part of a batch, example by example.
+    loss: loss and metrics of the outputs of the whole batch.
+    features: those outputs alone in which the loss is not linear, at the least cost; in every other
+      output it must be linear.
+
+    `keys` [B] holds one key per example; without keys nothing is random.
+    """
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch
+
+    def features(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
+        return {}
+
+    def outputs(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
+        raise NotImplementedError
+
+    def loss(self, model: Any, outputs: Outputs, batch: Batch) -> Result:
+        raise NotImplementedError
+
+    def __call__(self, model: Any, batch: Batch, keys: jax.Array | None = None) -> Result:
+        """Loss and metrics of a whole batch in one pass."""
+        batch = self.prepare(batch)
+        return self.loss(model, self.outputs(model, batch, keys), batch)
 
 
-def contrastive(
-    model: Any, batch: Batch, *, key: jax.Array | None = None, mask_ratio: float = 0.0
-) -> Result:
+def _next_tokens(
+    llama: Any, hidden: jax.Array, labels: jax.Array, slices: int
+) -> tuple[jax.Array, jax.Array]:
+    """Surprise and hits of the states at t [B, T, W] about the labels at t + 1: [B, T − 1]."""
+    labels = labels[:, 1:]
+    if slices > 1:
+        return losses.vocabulary_slices(hidden[:, :-1], llama.head_kernel(), labels, slices)
+    logits = llama.logits(hidden)[:, :-1]
+    return losses.surprise(logits, labels), losses.hits(logits, labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Language(Objective):
+    """Stage 0: next-token prediction on text alone. Batch: tokens [B, L].
+
+    vocabulary_slices: see `losses.vocabulary_slices`; 1 makes the logits as a whole.
+    """
+
+    vocabulary_slices: int = 1
+
+    def prepare(self, batch: Batch) -> Batch:
+        tokens = batch["tokens"]
+        return {**batch, "labels": jnp.where(tokens > 0, tokens, losses.IGNORE)}
+
+    def outputs(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
+        hidden = model.hidden(batch["tokens"])
+        nll, hit = _next_tokens(model.llama, hidden, batch["labels"], self.vocabulary_slices)
+        return {"token_nll": nll, "token_hit": hit}
+
+    def loss(self, model: Any, outputs: Outputs, batch: Batch) -> Result:
+        labels = batch["labels"][:, 1:]
+        loss = losses.mean_over_labels(outputs["token_nll"], labels)
+        accuracy = losses.mean_over_labels(outputs["token_hit"], labels)
+        return loss, {"loss": loss, "token_accuracy": accuracy}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruct(Language):
+    """Stage 3: next-token prediction on assistant text only.
+
+    Batch: image [B, M, H, W, 3], tokens [B, L] with image positions, labels [B, L].
+    """
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch
+
+    def outputs(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
+        hidden = model.hidden(batch["tokens"], batch["image"])
+        nll, hit = _next_tokens(model.llm, hidden, batch["labels"], self.vocabulary_slices)
+        return {"token_nll": nll, "token_hit": hit}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive(Objective):
     """Stage 1: symmetric cross-entropy over the similarities of the global batch (paper §3.3).
 
-    Batch: image [B, H, W, 3], text [B, L] ("summarize:" + caption). `mask_ratio` of the image
-    tokens is removed from the sequence (FLIP; appendix A.3: 0.5 at 196 px, then 0 at 224 px).
+    Batch: image [B, H, W, 3], text [B, L] ("summarize:" + caption).
+
+    mask_ratio: share of the image tokens removed from the sequence (FLIP; appendix A.3: 0.5 at
+      196 px, then 0 at 224 px).
+    ring: never hold the matrix of similarities (`losses.contrastive`).
     """
-    vision = model.vision(batch["image"], mask_ratio=mask_ratio, key=key)
-    image = model.image_features(vision, "c")
-    text = model.encode_text(batch["text"])
-    loss, accuracy = losses.contrastive(image, text, model.logit_scale[...])
-    return loss, {
-        "loss": loss,
-        "contrastive_accuracy": accuracy,
-        "logit_scale": model.logit_scale[...],
-    }
+
+    mask_ratio: float = 0.0
+    ring: bool = False
+
+    def features(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
+        vision = model.vision(batch["image"], mask_ratio=self.mask_ratio, keys=keys)
+        image = model.image_features(vision, "c")
+        return {"image": image, "text": model.encode_text(batch["text"])}
+
+    def outputs(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
+        return self.features(model, batch, keys)
+
+    def loss(self, model: Any, outputs: Outputs, batch: Batch) -> Result:
+        scale = model.logit_scale[...]
+        loss, accuracy = losses.contrastive(
+            outputs["image"], outputs["text"], scale, ring=self.ring
+        )
+        return loss, {"loss": loss, "contrastive_accuracy": accuracy, "logit_scale": scale}
 
 
 def _grouped_rows(groups: list[jax.Array]) -> jax.Array:
@@ -87,15 +173,8 @@ def _middleware_groups(
     return hidden[:, :, :size], hidden[:, :, size:]
 
 
-def generative(
-    model: Any,
-    batch: Batch,
-    *,
-    key: jax.Array | None = None,
-    label_smoothing: float = 0.0,
-    empty_caption_tokens: int = 2,
-    empty_text_tokens: int = 5,
-) -> Result:
+@dataclasses.dataclass(frozen=True)
+class Generative(Objective):
     """Stage 2: matching + contrastive + captioning, unweighted, in one pass of the middleware.
 
     The vision tower runs once; three text groups share its keys and values (spec of the released
@@ -104,101 +183,135 @@ def generative(
     ITM and ITC.
 
     Batch: image; positive, negative, text, caption [B, L]; caption_labels [B, L].
+
+    label_smoothing: of ITC. ring: as in `Contrastive`. vocabulary_slices: as in `Language`.
     """
-    vision = model.vision(batch["image"], key=key)
-    size = batch["image"].shape[0]
-    negatives = size - size // 2
-    is_positive = jnp.arange(size, out_sharding=spec("batch")) >= negatives
-    matching = jnp.where(is_positive[:, None], batch["positive"], batch["negative"])
-    groups = [matching, batch["text"], batch["caption"]]
-    queries, texts = _middleware_groups(model, vision, groups, [ITM, ITC, ITG])
 
-    match_labels = jnp.where(
-        jnp.sum(matching > 0, axis=1) == empty_caption_tokens,
-        losses.IGNORE,
-        is_positive.astype(jnp.int32),
-    )
-    match_logits = model.match_logits(queries[:, 0])
-    itm = losses.cross_entropy(match_logits, match_labels)
+    label_smoothing: float = 0.0
+    empty_caption_tokens: int = 2
+    empty_text_tokens: int = 5
+    ring: bool = False
+    vocabulary_slices: int = 1
 
-    valid = batch["text"] > 0
-    image_features = model.pool2(queries[:, 1])
-    text_features = model.project_text(texts[:, 1], valid)
-    itc, itc_accuracy = losses.contrastive(
-        image_features,
-        text_features,
-        model.logit_scale[...],
-        kept=jnp.sum(valid, axis=1) != empty_text_tokens,
-        label_smoothing=label_smoothing,
-    )
+    def prepare(self, batch: Batch) -> Batch:
+        size = batch["image"].shape[0]
+        negatives = size - size // 2
+        is_positive = jnp.arange(size, out_sharding=spec("batch")) >= negatives
+        matching = jnp.where(is_positive[:, None], batch["positive"], batch["negative"])
+        match_labels = jnp.where(
+            jnp.sum(matching > 0, axis=1) == self.empty_caption_tokens,
+            losses.IGNORE,
+            is_positive.astype(jnp.int32),
+        )
+        return {**batch, "matching": matching, "match_labels": match_labels}
 
-    caption_logits = model.llama.logits(texts[:, 2])
-    itg = losses.next_token(caption_logits, batch["caption_labels"])
-    loss = itm + itc + itg
-    return loss, {
-        "loss": loss,
-        "itm": itm,
-        "itc": itc,
-        "itg": itg,
-        "match_accuracy": losses.accuracy(match_logits, match_labels),
-        "contrastive_accuracy": itc_accuracy,
-        "token_accuracy": losses.accuracy(
-            caption_logits[:, :-1], batch["caption_labels"][:, 1:]
-        ),
-        "logit_scale": model.logit_scale[...],
-    }
+    def features(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
+        vision = model.vision(batch["image"], keys=keys)
+        queries, texts = _middleware_groups(model, vision, [batch["text"]], [ITC])
+        return self._features(model, batch, queries[:, 0], texts[:, 0])
+
+    def _features(
+        self, model: Any, batch: Batch, queries: jax.Array, text: jax.Array
+    ) -> Outputs:
+        image = model.pool2(queries)
+        return {"image": image, "text": model.project_text(text, batch["text"] > 0)}
+
+    def outputs(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
+        vision = model.vision(batch["image"], keys=keys)
+        groups = [batch["matching"], batch["text"], batch["caption"]]
+        queries, texts = _middleware_groups(model, vision, groups, [ITM, ITC, ITG])
+        match_logits = model.match_logits(queries[:, 0])
+        labels = batch["caption_labels"]
+        nll, hit = _next_tokens(model.llama, texts[:, 2], labels, self.vocabulary_slices)
+        return {
+            **self._features(model, batch, queries[:, 1], texts[:, 1]),
+            "match_nll": losses.surprise(match_logits, batch["match_labels"]),
+            "match_hit": losses.hits(match_logits, batch["match_labels"]),
+            "token_nll": nll,
+            "token_hit": hit,
+        }
+
+    def loss(self, model: Any, outputs: Outputs, batch: Batch) -> Result:
+        scale = model.logit_scale[...]
+        itm = losses.mean_over_labels(outputs["match_nll"], batch["match_labels"])
+        itc, itc_accuracy = losses.contrastive(
+            outputs["image"],
+            outputs["text"],
+            scale,
+            kept=jnp.sum(batch["text"] > 0, axis=1) != self.empty_text_tokens,
+            label_smoothing=self.label_smoothing,
+            ring=self.ring,
+        )
+        labels = batch["caption_labels"][:, 1:]
+        itg = losses.mean_over_labels(outputs["token_nll"], labels)
+        loss = itm + itc + itg
+        return loss, {
+            "loss": loss,
+            "itm": itm,
+            "itc": itc,
+            "itg": itg,
+            "match_accuracy": losses.mean_over_labels(outputs["match_hit"], batch["match_labels"]),
+            "contrastive_accuracy": itc_accuracy,
+            "token_accuracy": losses.mean_over_labels(outputs["token_hit"], labels),
+            "logit_scale": scale,
+        }
 
 
-def retrieval(model: Any, batch: Batch, *, key: jax.Array | None = None) -> Result:
+@dataclasses.dataclass(frozen=True)
+class Retrieval(Objective):
     """Retrieval fine-tuning: matching with both captions, multi-positive contrast with C and G.
 
     Batch: image, positive, negative, text, image_id [B] (captions of one image share it).
     """
-    vision = model.vision(batch["image"], key=key)
-    groups = [batch["negative"], batch["positive"], batch["text"]]
-    queries, texts = _middleware_groups(model, vision, groups, [ITM, ITM, ITC])
-    size = batch["image"].shape[0]
 
-    match_logits = model.match_logits(
-        jnp.reshape(
-            queries[:, :2],
-            (2 * size, *queries.shape[2:]),
-            out_sharding=spec("batch", None, None),
-        )
-    )
-    match_labels = jnp.broadcast_to(jnp.arange(2), (size, 2), out_sharding=spec("batch", None))
-    match_labels = jnp.reshape(match_labels, (2 * size,), out_sharding=spec("batch"))
-    itm = losses.cross_entropy(match_logits, match_labels)
+    def features(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
+        vision = model.vision(batch["image"], keys=keys)
+        queries, texts = _middleware_groups(model, vision, [batch["text"]], [ITC])
+        return self._features(model, batch, vision, queries[:, 0], texts[:, 0])
 
-    text_features = model.project_text(texts[:, 2], batch["text"] > 0)
-    scale, identity = model.logit_scale[...], batch["image_id"]
-    itc_g = losses.multi_positive(model.pool2(queries[:, 2]), text_features, scale, identity)
-    itc_c = losses.multi_positive(model.pool(vision), text_features, scale, identity)
-    loss = itm + itc_g + itc_c
-    return loss, {
-        "loss": loss,
-        "itm": itm,
-        "itc": itc_g + itc_c,
-        "match_accuracy": losses.accuracy(match_logits, match_labels),
-        "logit_scale": scale,
-    }
+    def _features(
+        self, model: Any, batch: Batch, vision: jax.Array, queries: jax.Array, text: jax.Array
+    ) -> Outputs:
+        return {
+            "image_c": model.pool(vision),
+            "image_g": model.pool2(queries),
+            "text": model.project_text(text, batch["text"] > 0),
+        }
+
+    def outputs(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
+        vision = model.vision(batch["image"], keys=keys)
+        groups = [batch["negative"], batch["positive"], batch["text"]]
+        queries, texts = _middleware_groups(model, vision, groups, [ITM, ITM, ITC])
+        size = batch["image"].shape[0]
+        wide = spec("batch", None, None)
+        matched = jnp.reshape(queries[:, :2], (2 * size, *queries.shape[2:]), out_sharding=wide)
+        match_logits = jnp.reshape(model.match_logits(matched), (size, 2, 2), out_sharding=wide)
+        labels = jnp.broadcast_to(jnp.arange(2), (size, 2), out_sharding=spec("batch", None))
+        return {
+            **self._features(model, batch, vision, queries[:, 2], texts[:, 2]),
+            "match_nll": losses.surprise(match_logits, labels),  # [B, 2]
+            "match_hit": losses.hits(match_logits, labels),
+        }
+
+    def loss(self, model: Any, outputs: Outputs, batch: Batch) -> Result:
+        scale, identity = model.logit_scale[...], batch["image_id"]
+        itm = jnp.mean(outputs["match_nll"])
+        itc_g = losses.multi_positive(outputs["image_g"], outputs["text"], scale, identity)
+        itc_c = losses.multi_positive(outputs["image_c"], outputs["text"], scale, identity)
+        loss = itm + itc_g + itc_c
+        return loss, {
+            "loss": loss,
+            "itm": itm,
+            "itc": itc_g + itc_c,
+            "match_accuracy": jnp.mean(outputs["match_hit"]),
+            "logit_scale": scale,
+        }
 
 
-def instruct(model: Any, batch: Batch, *, key: jax.Array | None = None) -> Result:
-    """Stage 3: next-token prediction on assistant text only.
-
-    Batch: image [B, M, H, W, 3], tokens [B, L] with image positions, labels [B, L].
-    """
-    logits = model(batch["tokens"], batch["image"])
-    loss = losses.next_token(logits, batch["labels"])
-    accuracy = losses.accuracy(logits[:, :-1], batch["labels"][:, 1:])
-    return loss, {"loss": loss, "token_accuracy": accuracy}
-
-
-OBJECTIVES: dict[str, Callable[..., Result]] = {
-    "language": language,
-    "contrastive": contrastive,
-    "generative": generative,
-    "retrieval": retrieval,
-    "instruct": instruct,
+OBJECTIVES: dict[str, type[Objective]] = {
+    "language": Language,
+    "contrastive": Contrastive,
+    "generative": Generative,
+    "retrieval": Retrieval,
+    "instruct": Instruct,
 }

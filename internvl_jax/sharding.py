@@ -12,7 +12,8 @@ import math
 from typing import Any, Protocol
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("replica", "fsdp", "tensor")
@@ -43,8 +44,12 @@ def make_mesh(
 ) -> Mesh:
     """Build the (replica, fsdp, tensor) mesh; at most one size may be -1 for "what is left".
 
+    Of several TPU slices, each holds whole replicas: between slices, over the data-centre network,
+    only the gradients of replicas travel.
+
     Raises:
-        MeshError: the product of the sizes is not the number of devices.
+        MeshError: the product of the sizes is not the number of devices, or replicas do not divide
+            over the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"replica": replica, "fsdp": fsdp, "tensor": tensor}
@@ -60,12 +65,20 @@ def make_mesh(
             f"mesh {shape} does not fit {len(devices)} {devices[0].platform} device(s); "
             "choose sizes whose product is the device count, or set one of them to -1"
         )
-    return jax.make_mesh(
-        tuple(sizes[a] for a in MESH_AXES),
-        MESH_AXES,
-        axis_types=(AxisType.Explicit,) * 3,
-        devices=devices,
-    )
+    shape = tuple(sizes[axis] for axis in MESH_AXES)
+    explicit = (AxisType.Explicit,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=explicit, devices=devices)
+    if sizes["replica"] % slices:
+        raise MeshError(
+            f"mesh.replica = {sizes['replica']} does not divide over {slices} slices; choose a "
+            "multiple of the slices, since fsdp and tensor are too talkative for the network "
+            "between them"
+        )
+    within = (sizes["replica"] // slices, *shape[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    return Mesh(grid, MESH_AXES, axis_types=explicit)
 
 
 def physical(logical: str | None) -> str | tuple[str, ...] | None:
@@ -99,27 +112,37 @@ def ambient_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def axis_size(mesh: Mesh, logical: str) -> int:
+def batch_pieces() -> int:
+    """Into how many pieces the current mesh cuts a batch; 1 outside any mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else axis_size(mesh, "batch")
+
+
+def axis_size(mesh: Mesh | AbstractMesh, logical: str) -> int:
     """Number of pieces into which `mesh` cuts an axis of this logical name."""
     axes = LOGICAL_AXES[logical]
     axes = (axes,) if isinstance(axes, str) else (axes or ())
     return math.prod(mesh.shape[a] for a in axes)
 
 
-def check_divisible(config: ShardedModel, mesh: Mesh, batch_size: int | None = None) -> None:
+def check_divisible(
+    config: ShardedModel, mesh: Mesh, batch_size: int | None = None, chunks: int = 1
+) -> None:
     """Check every sharded dimension of a model, and the batch, against the mesh at once.
 
     Raises:
         MeshError: names each dimension that does not divide, its size and the mesh axis.
     """
-    dimensions = list(config.sharded_dimensions())
-    if batch_size is not None:
-        dimensions.append(("batch_size", batch_size, "batch"))
     wrong = [
         f"{name} = {size} over {LOGICAL_AXES[axis]} = {axis_size(mesh, axis)}"
-        for name, size, axis in dimensions
+        for name, size, axis in dict.fromkeys(config.sharded_dimensions())
         if size % axis_size(mesh, axis)
     ]
+    pieces = axis_size(mesh, "batch")
+    if batch_size is not None and batch_size % (pieces * chunks):
+        over = f"{LOGICAL_AXES['batch']} = {pieces}"
+        over += f" and then {chunks} chunks" if chunks > 1 else ""
+        wrong.append(f"batch_size = {batch_size} over {over}")
     if wrong:
         raise MeshError(
             "these dimensions do not divide over the mesh "

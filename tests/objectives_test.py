@@ -56,15 +56,17 @@ def loss_and_gradients(objective: str, config, sizes: tuple[int, int, int] | Non
     batch = make_batch(objective)
     options = {"mask_ratio": 0.5} if objective == "contrastive" else {}
     params = jax.device_get(models.create(config, jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), ROWS)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         if mesh is not None:
+            keys = jax.device_put(keys, batch_sharding(mesh))
             check_divisible(config, mesh, ROWS)
             params = jax.device_put(params, models.shardings(config, mesh))
             batch = jax.device_put(batch, batch_sharding(mesh))
 
         def loss(params):
             model = models.bind(config, params)
-            return OBJECTIVES[objective](model, batch, key=jax.random.key(1), **options)[0]
+            return OBJECTIVES[objective](**options)(model, batch, keys)[0]
 
         value, gradients = jax.jit(jax.value_and_grad(loss))(params)
         return float(value), jax.device_get(flatten(gradients))
@@ -95,6 +97,9 @@ def test_mesh_that_does_not_divide_is_one_readable_error():
         check_divisible(tiny, mesh)
     with pytest.raises(MeshError, match="batch_size = 3"):
         check_divisible(tiny, make_mesh(2, 4, 1), batch_size=3)
+    with pytest.raises(MeshError) as caught:
+        check_divisible(tiny, make_mesh(1, 4, 2, jax.devices()), batch_size=8, chunks=4)
+    assert "batch_size = 8 over ('replica', 'fsdp') = 4 and then 4 chunks" in str(caught.value)
 
 
 def test_mesh_that_does_not_fit_the_devices_is_refused():

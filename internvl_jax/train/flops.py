@@ -5,11 +5,35 @@ FLOPs utilisation (Chowdhery et al. 2022, appendix B). Trace without remateriali
 recomputed layers do not count as work of the model.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+
+from internvl_jax import objectives
+from internvl_jax.models import config as models
+from internvl_jax.models import init
+from internvl_jax.train.gradients import value_and_grad
+from internvl_jax.train.step import example_keys
+
+# Options of an objective that compute something twice to save memory.
+_SAVINGS = ("ring", "vocabulary_slices")
+
+
+def of_step(config: Any, state: Any, batch: Any) -> float:
+    """Model FLOPs of one train step of an experiment, over all devices.
+
+    state, batch: arrays or shapes with shardings. What is computed twice to save memory counts
+    once: without rematerialisation, in one pass, with the plain losses.
+    """
+    bind = functools.partial(init.bind, models.from_dict({**config.model, "remat": "none"}))
+    options = {n: v for n, v in config.objective_options.items() if n not in _SAVINGS}
+    objective = objectives.OBJECTIVES[config.objective](**options)
+    keys = jax.eval_shape(functools.partial(example_keys, config.seed, 0), batch)
+    one_pass = functools.partial(value_and_grad, objective, bind)
+    return count(one_pass, state.trainable, state.frozen, batch, keys)
 
 
 def count(function: Callable[..., Any], *arguments: Any) -> float:

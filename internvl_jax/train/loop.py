@@ -64,7 +64,7 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
     # --- the mesh and the model's shapes ---------------------------------------------------------
     mesh = sharding.make_mesh(**config.mesh)
     model_config = models.from_dict(config.model)
-    sharding.check_divisible(model_config, mesh, config.batch_size)
+    sharding.check_divisible(model_config, mesh, config.batch_size, config.chunks)
     evaluators = _evaluators(config)
 
     with contextlib.ExitStack() as stack:
@@ -107,18 +107,19 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
         _say(f"frozen: {sum(x.size for x in jax.tree.leaves(state.frozen)):,} parameters")
 
         # --- the step, evaluations, writers ------------------------------------------------------
-        objective = functools.partial(
-            objectives.OBJECTIVES[config.objective], **config.objective_options
+        objective = objectives.OBJECTIVES[config.objective](**config.objective_options)
+        train_step = make_train_step(
+            objective,
+            functools.partial(init.bind, model_config),
+            tx,
+            seed=config.seed,
+            chunks=config.chunks,
+            learning_rate=learning_rate,
         )
-
-        def loss_fn(params, batch, key, model_config=model_config):
-            return objective(init.bind(model_config, params), batch, key=key)
-
-        train_step = make_train_step(loss_fn, tx, seed=config.seed, learning_rate=learning_rate)
         start = int(state.step)
         log = metrics.MetricsLog(path, start=start, steps=config.steps)
         stack.callback(log.close)
-        speed = metrics.Speed(_model_flops(config, loss_fn, state, pipeline))
+        speed = metrics.Speed(_model_flops(config, state, pipeline))
         spikes = metrics.SpikeDetector()
         last: dict[str, float] = {}
 
@@ -263,18 +264,11 @@ def _evaluators(config: Any) -> dict[str, Any]:
     return evaluator.build(config.evals, config)
 
 
-def _model_flops(config: Any, loss_fn: Any, state: Any, pipeline: Any) -> float | None:
+def _model_flops(config: Any, state: Any, pipeline: Any) -> float | None:
     """Model FLOPs of one step, where a utilisation can be reported at all."""
     if jax.devices()[0].device_kind not in metrics.PEAK_FLOPS:
         return None
-    plain = models.from_dict({**config.model, "remat": "none"})
-
-    def losses(trainable, batch):
-        params = rules.merge(trainable, state.frozen)
-        return loss_fn(params, batch, jax.random.key(0), model_config=plain)
-
-    batch = to_devices(pipeline.batch(0), jax.sharding.get_mesh())
-    return flops.count(jax.value_and_grad(losses, has_aux=True), state.trainable, batch)
+    return flops.of_step(config, state, to_devices(pipeline.batch(0), jax.sharding.get_mesh()))
 
 
 def _batch_of(step: int, pipeline: Any) -> str:

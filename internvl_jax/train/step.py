@@ -8,25 +8,34 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from internvl_jax import rules
+from internvl_jax.objectives import Objective
+from internvl_jax.sharding import spec
+from internvl_jax.train.gradients import Bind, value_and_grad
 from internvl_jax.train.state import TrainState
 
-# (params, batch, key) → (loss, metrics): float32 scalars.
-LossFunction = Callable[[dict, dict, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+def example_keys(seed: int, step: jax.Array, batch: dict) -> jax.Array:
+    """A random key for each example of a batch: of the seed, the step and its row, no more."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    rows = jnp.arange(jax.tree.leaves(batch)[0].shape[0], out_sharding=spec("batch"))
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
 
 def make_train_step(
-    loss_fn: LossFunction,
+    objective: Objective,
+    bind: Bind,
     tx: optax.GradientTransformationExtraArgs,
     *,
     seed: int,
+    chunks: int = 1,
     learning_rate: Callable[[Any], jax.Array] | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiled `step(state, batch) -> (state, metrics)`; the state passed in is donated.
 
-    loss_fn: `(params, batch, key) -> (loss, metrics)` over the whole parameter tree; only
-      `state.trainable` is differentiated. `key` depends on `seed` and `state.step` alone, so a
-      resumed run draws what the uninterrupted one would have drawn.
+    bind: the whole parameter tree → the model; only `state.trainable` is differentiated.
+    seed: of what is random in the objective. An example's key depends on it, on `state.step` and on
+      the example's row, so a resumed run draws what the uninterrupted one would have drawn.
+    chunks: see `gradients`.
     learning_rate: schedule to report, from `optimizer.make_optimizer`.
 
     Metrics: those of the objective and loss, grad_norm (before clipping), learning_rate, skipped,
@@ -34,15 +43,11 @@ def make_train_step(
     exactly as they were; the step counts all the same, so the data moves on.
     """
 
-    def losses(trainable, frozen, batch, key):
-        return loss_fn(rules.merge(trainable, frozen), batch, key)
-
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: dict):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        # Gradient accumulation would be a scan over micro-batches around this one line.
-        (loss, metrics), gradients = jax.value_and_grad(losses, has_aux=True)(
-            state.trainable, state.frozen, batch, key
+        keys = example_keys(seed, state.step, batch)
+        (loss, metrics), gradients = value_and_grad(
+            objective, bind, state.trainable, state.frozen, batch, keys, chunks
         )
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)

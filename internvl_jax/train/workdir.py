@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 # What the saved state is a state of: a change here is another experiment. All else may change on
-# resume (rates, schedule, steps, intervals, evaluations, mesh); the data answer for themselves by
-# their fingerprint.
+# resume (rates, schedule, steps, intervals, evaluations, mesh, chunks); the data answer for
+# themselves by their fingerprint.
 FIXED = ("model", "objective", "trainable", "seed")
 
 

@@ -1,7 +1,5 @@
 """L: the losses of stage 2 and of retrieval fine-tuning, their terms, logits and gradients."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,10 +22,10 @@ def test_losses_and_gradients(case, tmp_path):
     retrieval = "in.image_ids" in case.tensors
     batch = make_batch(case, retrieval)
     if retrieval:
-        objective = OBJECTIVES["retrieval"]
+        objective = OBJECTIVES["retrieval"]()
     else:
         smoothing = case.config["label_smoothing"]
-        objective = functools.partial(OBJECTIVES["generative"], label_smoothing=smoothing)
+        objective = OBJECTIVES["generative"](label_smoothing=smoothing)
 
     def loss(params):
         return objective(bind(config, params), batch)

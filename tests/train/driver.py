@@ -78,7 +78,6 @@ def _nan_in_batches(*numbers):
     from internvl_jax import objectives
     from internvl_jax.data import pipelines
 
-    real = objectives.OBJECTIVES["language"]
     build = pipelines.build
     bad = []
 
@@ -87,13 +86,14 @@ def _nan_in_batches(*numbers):
         bad.extend(pipeline.batch(number)["tokens"] for number in numbers)
         return pipeline
 
-    def objective(model, batch, *, key, **options):
-        loss, metrics = real(model, batch, key=key, **options)
-        hit = jnp.any(jnp.stack([jnp.all(batch["tokens"] == tokens) for tokens in bad]))
-        return loss * jnp.where(hit, jnp.inf, 1.0), metrics
+    class Objective(objectives.Language):
+        def loss(self, model, outputs, batch):
+            loss, metrics = super().loss(model, outputs, batch)
+            hit = jnp.any(jnp.stack([jnp.all(batch["tokens"] == tokens) for tokens in bad]))
+            return loss * jnp.where(hit, jnp.inf, 1.0), metrics
 
     pipelines.build = remembering
-    objectives.OBJECTIVES["language"] = objective
+    objectives.OBJECTIVES["language"] = Objective
 
 
 def _scaled_loss(number):
@@ -103,7 +103,6 @@ def _scaled_loss(number):
     from internvl_jax import objectives
     from internvl_jax.data import pipelines
 
-    real = objectives.OBJECTIVES["language"]
     build = pipelines.build
     found = []
 
@@ -112,12 +111,13 @@ def _scaled_loss(number):
         found.append(pipeline.batch(number)["tokens"])
         return pipeline
 
-    def objective(model, batch, *, key, **options):
-        loss, metrics = real(model, batch, key=key, **options)
-        return loss * jnp.where(jnp.all(batch["tokens"] == found[0]), 100.0, 1.0), metrics
+    class Objective(objectives.Language):
+        def loss(self, model, outputs, batch):
+            loss, metrics = super().loss(model, outputs, batch)
+            return loss * jnp.where(jnp.all(batch["tokens"] == found[0]), 100.0, 1.0), metrics
 
     pipelines.build = remembering
-    objectives.OBJECTIVES["language"] = objective
+    objectives.OBJECTIVES["language"] = Objective
 
 
 def _jumping_clock():

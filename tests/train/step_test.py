@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from internvl_jax import objectives, rules, sharding
+from internvl_jax import rules, sharding
 from internvl_jax.models import config as models
 from internvl_jax.models import init
+from internvl_jax.objectives import Language
 from internvl_jax.train import loop, optimizer
 from internvl_jax.train import state as states
-from internvl_jax.train.step import make_train_step
+from internvl_jax.train.step import example_keys, make_train_step
 
 SETTINGS = dict(
     learning_rate=((".*", 3e-3),),
@@ -33,11 +34,16 @@ def batch(number, scale=1.0):
     return {"tokens": tokens, "scale": np.full((8,), scale, np.float32)}
 
 
-def loss_fn(params, batch, key):
-    loss, metrics = objectives.OBJECTIVES["language"](
-        init.bind(MODEL, params), {"tokens": batch["tokens"]}, key=key
-    )
-    return loss * batch["scale"].mean(), {**metrics, "draw": jax.random.uniform(key)}
+class Scaled(Language):
+    """The language loss times a number of the batch, with the first example's draw as a metric."""
+
+    def outputs(self, model, batch, keys):
+        draw = jax.vmap(jax.random.uniform)(keys)
+        return {**super().outputs(model, batch, keys), "draw": draw}
+
+    def loss(self, model, outputs, batch):
+        loss, metrics = super().loss(model, outputs, batch)
+        return loss * batch["scale"].mean(), {**metrics, "draw": outputs["draw"].min()}
 
 
 @pytest.fixture(scope="module")
@@ -53,23 +59,27 @@ def parameters():
 
 
 @functools.cache
-def compiled(trainable, seed):
+def compiled(trainable, seed, chunks):
     learned, _ = rules.partition(parameters(), trainable)
     tx, learning_rate = optimizer.make_optimizer(SETTINGS, learned, steps=100)
-    step = make_train_step(loss_fn, tx, seed=seed, learning_rate=learning_rate)
+    bind = functools.partial(init.bind, MODEL)
+    step = make_train_step(
+        Scaled(), bind, tx, seed=seed, chunks=chunks, learning_rate=learning_rate
+    )
     return jax.jit(lambda p: states.create(p, trainable, tx)), step
 
 
-def build(mesh, trainable=".*", seed=0):
+def build(mesh, trainable=".*", seed=0, chunks=1):
     """A new state and the step for it, compiled once for all tests."""
     shapes = states.on_mesh(init.abstract(MODEL), mesh)
     params = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), parameters(), shapes)
-    make_state, step = compiled(trainable, seed)
+    make_state, step = compiled(trainable, seed, chunks)
     return make_state(params), step
 
 
-def test_compiles_once_and_learns(mesh):
-    state, step = build(mesh)
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_compiles_once_and_learns(mesh, chunks):
+    state, step = build(mesh, chunks=chunks)
     losses = []
     for _ in range(5):
         state, metrics = step(state, loop.to_devices(batch(0), mesh))
@@ -127,6 +137,7 @@ def test_randomness_depends_on_seed_and_step_alone(mesh):
 
     first = draws(0)
     assert draws(0) == first
-    keys = [jax.random.fold_in(jax.random.key(seed), i) for seed in (0, 1) for i in range(3)]
-    expected = [float(jax.random.uniform(key)) for key in keys]
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+        keys = [example_keys(seed, i, batch(0)) for seed in (0, 1) for i in range(3)]
+        expected = [float(jax.vmap(jax.random.uniform)(of_rows).min()) for of_rows in keys]
     assert first == expected[:3] and len(set(expected)) == 6

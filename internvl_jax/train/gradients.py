@@ -1,0 +1,138 @@
+"""Loss and gradient of one step, in one pass or in chunks whose memory is that of a chunk.
+
+Chunks give the gradient of the whole batch, not a mean of smaller losses. Where a loss compares
+the examples of a batch with one another (the contrastive ones), their features come first:
+
+    1. forward over the chunks, keeping only the features        (left out for the other losses)
+    2. the gradient of the loss by the outputs of all examples
+    3. forward and backward over the chunks with that gradient, adding up
+
+(Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup".) An
+example draws its randomness from a key of its own, so 1 and 3 see the same masks, and the result
+does not depend on the number of chunks.
+
+Every device cuts its own rows into chunks, so no example changes its device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from internvl_jax import rules
+from internvl_jax.objectives import Objective
+from internvl_jax.sharding import batch_pieces, spec
+
+Bind = Callable[[dict], Any]
+
+
+def value_and_grad(
+    objective: Objective,
+    bind: Bind,
+    trainable: dict,
+    frozen: dict,
+    batch: dict[str, jax.Array],
+    keys: jax.Array,
+    chunks: int = 1,
+) -> tuple[tuple[jax.Array, dict[str, jax.Array]], dict]:
+    """((loss, metrics), gradient by `trainable`) of a whole batch.
+
+    bind: parameters → model. keys: one per example. chunks: divides each device's examples.
+    """
+
+    def model(trainable: dict) -> Any:
+        return bind(rules.merge(trainable, frozen))
+
+    if chunks > 1:
+        return _in_chunks(objective, model, trainable, batch, keys, chunks)
+
+    def whole(trainable: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return objective(model(trainable), batch, keys)
+
+    return jax.value_and_grad(whole, has_aux=True)(trainable)
+
+
+def _in_chunks(
+    objective: Objective,
+    model: Bind,
+    trainable: dict,
+    batch: dict[str, jax.Array],
+    keys: jax.Array,
+    chunks: int,
+) -> tuple[tuple[jax.Array, dict[str, jax.Array]], dict]:
+    batch = objective.prepare(batch)
+    parts, numbers = _cut((batch, keys), chunks), jnp.arange(chunks)
+
+    def features(_: None, number: jax.Array) -> tuple[None, dict]:
+        return None, objective.features(model(trainable), *_chunk(parts, number))
+
+    def outputs(trainable: dict, number: jax.Array) -> dict:
+        return objective.outputs(model(trainable), *_chunk(parts, number))
+
+    # Where the loss is linear in an output, its gradient is the same everywhere, so also at zero.
+    shapes = jax.eval_shape(outputs, trainable, numbers[0])
+    cached = _joined(jax.lax.scan(features, None, numbers)[1])
+    at = {name: _zeros(x, chunks) for name, x in shapes.items()} | cached
+    gradient = jax.grad(lambda at: objective.loss(model(trainable), at, batch)[0])(at)
+    gradient = _cut(gradient, chunks)
+
+    def backward(total: dict, number: jax.Array) -> tuple[dict, dict]:
+        results, pull = jax.vjp(lambda t: outputs(t, number), trainable)
+        (part,) = pull(_chunk(gradient, number))
+        return jax.tree.map(jnp.add, total, part), results
+
+    zeros = jax.tree.map(jnp.zeros_like, trainable)
+    total, results = jax.lax.scan(backward, zeros, numbers)
+    results = _joined(results)
+
+    # What is left is the gradient of parameters that the loss uses itself (the temperature).
+    def last(trainable: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return objective.loss(model(trainable), results, batch)
+
+    value, direct = jax.value_and_grad(last, has_aux=True)(trainable)
+    return value, jax.tree.map(jnp.add, total, direct)
+
+
+def _cut(tree: Any, chunks: int) -> Any:
+    """[B, …] → [devices, chunks, rows, …] of every leaf: a view of what each device holds."""
+    pieces = batch_pieces()
+
+    def cut(x: jax.Array) -> jax.Array:
+        shape = (pieces, chunks, x.shape[0] // (pieces * chunks), *x.shape[1:])
+        return jnp.reshape(x, shape, out_sharding=spec("batch", *(None,) * (len(shape) - 1)))
+
+    return jax.tree.map(cut, tree)
+
+
+def _chunk(parts: Any, number: jax.Array) -> Any:
+    """One chunk of `_cut`'s result, [B / chunks, …]."""
+
+    def take(x: jax.Array) -> jax.Array:
+        x = jax.lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False)
+        shape = (x.shape[0] * x.shape[1], *x.shape[2:])
+        return jnp.reshape(x, shape, out_sharding=spec("batch", *(None,) * (len(shape) - 1)))
+
+    return jax.tree.map(take, parts)
+
+
+def _joined(results: Any) -> Any:
+    """What a scan over the chunks stacked, [chunks, B / chunks, …], in the order of the batch."""
+    pieces = batch_pieces()
+
+    def join(x: jax.Array) -> jax.Array:
+        rest = x.shape[2:]
+        shape = (x.shape[0], pieces, x.shape[1] // pieces, *rest)
+        nones = (None,) * len(rest)
+        x = jnp.reshape(x, shape, out_sharding=spec(None, "batch", None, *nones))
+        x = jnp.swapaxes(x, 0, 1)
+        shape = (shape[0] * shape[1] * shape[2], *rest)
+        return jnp.reshape(x, shape, out_sharding=spec("batch", *nones))
+
+    return jax.tree.map(join, results)
+
+
+def _zeros(chunk: Any, chunks: int) -> jax.Array:
+    """Zeros for the outputs of a whole batch, of which `chunk` describes a part."""
+    shape = (chunk.shape[0] * chunks, *chunk.shape[1:])
+    return jnp.zeros(shape, chunk.dtype, out_sharding=spec("batch", *(None,) * (len(shape) - 1)))

@@ -1,0 +1,72 @@
+"""Chunks give the loss, metrics and gradient of the whole batch, whatever the mesh."""
+
+import contextlib
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from internvl_jax import models, rules
+from internvl_jax.objectives import OBJECTIVES
+from internvl_jax.sharding import batch_sharding, make_mesh
+from internvl_jax.train.gradients import value_and_grad
+from tests import objectives_test
+
+# objective → options, a trainable part, and the options that change how it is computed.
+CASES = {
+    "language": ({}, ".*", {"vocabulary_slices": 3}),
+    "contrastive": ({"mask_ratio": 0.5}, ".*", {"ring": True}),
+    "generative": (
+        {"label_smoothing": 0.1},
+        r"queries|cross/.*|pool2/.*|match_head/.*|logit_scale",
+        {"ring": True, "vocabulary_slices": 3},
+    ),
+    "retrieval": ({}, r"pool/.*|cross/.*|logit_scale", {}),
+    "instruct": ({}, r"projector/.*|llm/.*", {"vocabulary_slices": 3}),
+}
+
+
+def compute(objective, trainable, sizes, chunks):
+    name = next(n for n, kind in OBJECTIVES.items() if kind is type(objective))
+    family = objectives_test.FAMILY.get(name, "internvl")
+    # Random masks and dropped branches must be the same for an example in any chunk.
+    drop = {"drop_path": 0.5, "drop_path_schedule": "uniform"} if family != "language" else {}
+    config = models.from_dict({"family": family, "size": "tiny", "depth": 1, **drop})
+    batch = objectives_test.make_batch(name)
+    params = jax.device_get(models.create(config, jax.random.key(0)))
+    mesh = sizes and make_mesh(*sizes)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        if mesh is not None:
+            params = jax.device_put(params, models.shardings(config, mesh))
+            batch = jax.device_put(batch, batch_sharding(mesh))
+        learned, frozen = rules.partition(params, trainable)
+        bind = functools.partial(models.bind, config)
+        keys = jax.random.split(jax.random.key(1), objectives_test.ROWS)
+        if mesh is not None:
+            keys = jax.device_put(keys, batch_sharding(mesh))
+        step = functools.partial(value_and_grad, objective, bind, chunks=chunks)
+        (loss, metrics), gradient = jax.device_get(jax.jit(step)(learned, frozen, batch, keys))
+        return loss, metrics, rules.flatten(gradient)
+
+
+# The others take the same way through `gradients`, with larger models to compile.
+QUICK = ("language", "contrastive")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in CASES]
+)
+def test_chunks_equal_one_pass(name):
+    options, trainable, split = CASES[name]
+    kind = OBJECTIVES[name]
+    loss, metrics, gradient = compute(kind(**options), trainable, None, 1)
+    other = compute(kind(**options, **split), trainable, (1, 4, 2), 2)
+    assert other[0] == pytest.approx(loss, abs=1e-5)
+    assert other[1].keys() == metrics.keys()
+    for metric, value in metrics.items():
+        assert other[1][metric] == pytest.approx(value, abs=1e-5), metric
+    assert other[2].keys() == gradient.keys()
+    for path, reference in gradient.items():
+        bound = 1e-4 * np.abs(reference).max() + 2e-6
+        assert np.abs(other[2][path] - reference).max() <= bound, path
