@@ -1,14 +1,14 @@
 """The command line `internvl-jax`: each subcommand parses its arguments and makes one call.
 
 Exit codes: 0 done; 1 an error that the message explains; 2 a command, flag or config that does
-not exist; 130 interrupted; 143 ended by SIGTERM after saving. Errors of the user are one line;
-anything unexpected keeps its traceback.
+not exist; 130 interrupted; 143 ended by SIGTERM after saving. Errors of the user are one line,
+or a line and a list; anything unexpected keeps its traceback.
 """
 
 import argparse
-import dataclasses
 import json
-import shutil
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -96,29 +96,52 @@ def _generate(parser: _Parser) -> Callable[[argparse.Namespace], None]:
 
 
 def _convert(parser: _Parser) -> Callable[[argparse.Namespace], None]:
-    """Convert official weights to a checkpoint, or a checkpoint to official weights."""
+    """Convert official weights to a checkpoint, a checkpoint to official weights, or between."""
     parser.add_argument("source", metavar="SRC", help="official weights, or a work directory")
     parser.add_argument("target", metavar="DST", help="folder to write; must not exist")
-    parser.add_argument("--layout", help="official layout to write; for a checkpoint as SRC only")
+    parser.add_argument("--layout", required=True, help="of DST: jax, or an official one")
     parser.add_argument("--dtype", help="of the parameters, as bfloat16; default: as they are")
+    parser.add_argument(
+        "--inspect", action="store_true", help="say what would happen and write nothing"
+    )
 
     def run(args: argparse.Namespace) -> None:
-        from internvl_jax import convert, loading
-        from internvl_jax.train import pretrained
+        from internvl_jax import conversion
 
-        model = loading.load(args.source, args.dtype)
-        if args.layout and not model.experiment:
-            parser.error(f"{args.source} is in an official layout already; leave --layout out")
-        if model.experiment:
-            layout = args.layout or "internvl-14b"
-            files = convert.export(model.params, model.config, args.target, layout)
-            print(f"wrote {len(files)} file(s) of layout {layout} to {args.target}")
-        else:
-            experiment = _experiment_of(model, Path(args.target))
-            pretrained.save_params(args.target, model.params, config=experiment)
-            print(f"wrote a checkpoint to {args.target}; name it in init_from")
-        if model.tokenizer:
-            shutil.copy(model.tokenizer.path, Path(args.target) / "tokenizer.model")
+        planned = conversion.plan(args.source, args.layout, args.dtype)
+        print(planned.report(), flush=True)
+        if not args.inspect:
+            signal.signal(signal.SIGTERM, _terminated)
+            files = planned.write(args.target)
+            print(f"wrote {args.target}: {', '.join(files)}")
+
+    return run
+
+
+def _terminated(number: int, frame: Any) -> NoReturn:
+    """SIGTERM as an exception, so that what is half written is cleared away."""
+    raise SystemExit(143)
+
+
+def _plan(parser: _Parser) -> Callable[[argparse.Namespace], None]:
+    """Compile a config's train step for a TPU pod, without a TPU: memory, traffic, time."""
+    parser.add_argument("--config", required=True, help=CONFIG_HELP)
+    parser.add_argument("--topology", required=True, help="chip and slice, as v5e:16x16")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--dump", metavar="FILE", help="keep the compiled program's text here")
+
+    def run(args: argparse.Namespace) -> None:
+        from internvl_jax.plan import chips
+
+        chips.parse(args.topology)  # before anything is loaded
+        config = configuration.load(args.config, args.overrides)
+        os.environ["JAX_PLATFORMS"] = "cpu"  # the pod's devices exist only in the compiler
+        from internvl_jax.plan import plan
+
+        answer = plan.make(config, args.topology, dump=args.dump)
+        print(answer)
+        if args.json:
+            print(json.dumps(answer.to_dict()))
 
     return run
 
@@ -140,6 +163,7 @@ COMMANDS = {
     "evaluate": _evaluate,
     "generate": _generate,
     "convert": _convert,
+    "plan": _plan,
     "demo": _demo,
 }
 
@@ -186,21 +210,6 @@ def _parse(words: list[str]) -> argparse.Namespace:
     return args
 
 
-def _experiment_of(model: Any, target: Path) -> dict[str, Any]:
-    """What a checkpoint in `target` records of a model that no run of ours made."""
-    from internvl_jax.models.config import FAMILIES
-
-    named = [
-        {"family": family, "size": size}
-        for family, sizes in FAMILIES.items()
-        for size, config in sizes.items()
-        if config == model.config
-    ]
-    fields = named[0] if named else dataclasses.asdict(model.config)
-    tokenizer = str(target.absolute() / "tokenizer.model") if model.tokenizer else ""
-    return {"model": fields, "data": {"tokenizer": tokenizer}}
-
-
 def _split_overrides(words: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
     """Take `--config.key=value` and `--config.key value` out of the arguments."""
     overrides, rest, remaining = [], [], iter(words)
@@ -226,7 +235,9 @@ def _is_readable(error: Exception) -> bool:
 
 
 def _fail(error: Exception, code: int) -> NoReturn:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    # A list of ours, as of keys that do not fit, keeps its lines.
+    text = str(error) if "\n  " in str(error) else " ".join(str(error).split())
+    print(f"error: {text}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -13,16 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
-from internvl_jax import convert
+from internvl_jax import convert, models, serving
 from internvl_jax.data import conversation, image
 from internvl_jax.data.tokenizer import Tokenizer
-from internvl_jax.decoding import Decoding
+from internvl_jax.decoding import Decoding, Generated
 from internvl_jax.evals import captioning, chat
 from internvl_jax.evals.features import in_batches
+from internvl_jax.kernels import Causal, Keys
 from internvl_jax.models import ChatConfig, InternVLConfig, ModelConfig, bind, from_dict
-from internvl_jax.sharding import replicate
+from internvl_jax.rules import flatten
+from internvl_jax.sharding import ambient_mesh, check_divisible, replicate
 from internvl_jax.train import pretrained
 
 _ASSETS = Path(__file__).parent / "assets" / "demo"
@@ -43,6 +46,20 @@ def _encode_image(params: dict, pixels: jax.Array, *, config: Any, mode: str) ->
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
+def _image_states(params: dict, pixels: jax.Array, *, config: Any) -> jax.Array:
+    _, states = bind(config, params).vit(pixels, hidden_states=True)
+    return replicate(jnp.swapaxes(states.astype(jnp.float32), 0, 1))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _text_states(params: dict, ids: jax.Array, *, config: Any) -> jax.Array:
+    llama = bind(config, params).llama
+    mask = Causal() & Keys(ids > 0)
+    _, states = llama(llama.embed_tokens(ids), mask=mask, hidden_states=True)
+    return replicate(jnp.swapaxes(states.astype(jnp.float32), 0, 1))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
 def _encode_text(params: dict, ids: jax.Array, *, config: Any) -> jax.Array:
     return replicate(bind(config, params).encode_text(ids).astype(jnp.float32))
 
@@ -53,18 +70,20 @@ class Model:
 
     config: shapes of the model. params: nested dict of arrays, as `models.bind` takes them.
     tokenizer: the checkpoint's own, or None. experiment: the config of the run that made the
-      checkpoint, {} for one in an official layout.
+      checkpoint, {} for one in an official layout. mesh: over which the parameters lie, or None.
     """
 
     config: ModelConfig
     params: dict[str, Any]
     tokenizer: Tokenizer | None
     experiment: Mapping[str, Any]
+    mesh: Mesh | None = None
 
     def encode_image(self, pixels: Any, mode: str = "c") -> np.ndarray:
         """Image features float32 [N, E] of InternVL-C ("c") or InternVL-G ("g").
 
-        pixels: uint8 [N, H, W, 3], or a sequence of Pillow images or arrays of any size.
+        pixels: uint8 [N, H, W, 3], or a sequence of Pillow images or arrays of any size; or floats
+          [N, H, W, 3] that are normalised already, which are taken as they are.
         Not normalised, as in the release; `similarity` does that. LoadError for mode "g" of an
         InternVL-C, ValueError for another mode.
         """
@@ -72,7 +91,57 @@ class Model:
         if mode == "g" and not config.num_queries:
             raise LoadError("mode 'g' needs the middleware, which this InternVL-C does not have")
         step = functools.partial(_encode_image, self.params, config=config, mode=mode)
-        return _batched(step, _pixels(pixels, config.vit.image_size))
+        return self._batched(step, _pixels(pixels, config.vit.image_size))
+
+    def image_states(self, pixels: Any) -> np.ndarray:
+        """The vision tower's residual stream float32 [depth + 1, N, 1 + patches, D].
+
+        The first entry is the embedding, each other one follows a block; the class token comes
+        first. pixels: as for `encode_image`.
+        """
+        if not hasattr(self.config, "vit"):
+            raise LoadError(f"{_kind(self.config)} has no vision tower")
+        step = functools.partial(_image_states, self.params, config=self.config)
+        pixels = _pixels(pixels, getattr(self.config, "input_size", self.config.vit.image_size))
+        return np.swapaxes(self._batched(step, pixels), 0, 1)
+
+    def text_states(self, texts: np.ndarray | Sequence[str] | str) -> np.ndarray:
+        """The text tower's hidden states float32 [depth + 1, N, T, W] of texts without an image.
+
+        The embedding, then each block's output, the last after the final norm. texts: as for
+        `encode_text`; states at padding mean nothing.
+        """
+        config = self._internvl("text_states")
+        ids = self._ids([texts] if isinstance(texts, str) else texts)
+        step = functools.partial(_text_states, self.params, config=config)
+        return np.swapaxes(self._batched(step, ids), 0, 1)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        images: Any = None,
+        *,
+        seed: int = 0,
+        **settings: Any,
+    ) -> Generated:
+        """Continue prompts of token ids, of any lengths together; `settings` are of `Decoding`.
+
+        images: one per prompt for InternVL-G, one or an array of several for a chat model, in the
+          forms that `encode_image` takes; none for a language model. The stop ids are the
+          tokenizer's end token unless given. Returns numpy arrays.
+        """
+        if "stop_ids" not in settings and self.tokenizer is not None:
+            settings["stop_ids"] = (self.tokenizer.eos_id,)
+        if images is not None:
+            size = getattr(self.config, "input_size", None) or self.config.vit.image_size
+            images = [_pixels(_group(group), size) for group in images]
+            if isinstance(self.config, InternVLConfig):
+                images = np.concatenate(images)
+        with ambient_mesh(self.mesh):
+            decoding = Decoding(**settings)
+            return serving.continue_prompts(
+                self.config, self.params, prompts, decoding, images=images, seed=seed
+            )
 
     def encode_text(self, texts: np.ndarray | Sequence[str] | str) -> np.ndarray:
         """Text features float32 [N, E], not normalised.
@@ -82,12 +151,15 @@ class Model:
         """
         config = self._internvl("encode_text")
         ids = self._ids([texts] if isinstance(texts, str) else texts)
-        return _batched(functools.partial(_encode_text, self.params, config=config), ids)
+        return self._batched(functools.partial(_encode_text, self.params, config=config), ids)
 
     def similarity(self, image_features: np.ndarray, text_features: np.ndarray) -> np.ndarray:
         """Cosine times the learnt scale: logits float32 [I, T]; softmax over T classifies."""
-        model = bind(self._internvl("similarity"), self.params)
-        return np.asarray(model.similarity(jnp.asarray(image_features), jnp.asarray(text_features)))
+        self._internvl("similarity")
+        scale = np.exp(np.asarray(self.params["logit_scale"], np.float32))
+        images, texts = (np.asarray(x, np.float32) for x in (image_features, text_features))
+        images, texts = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (images, texts))
+        return scale * (images @ texts.T)
 
     def caption(
         self, pixels: Any, language: str = "en", *, num_beams: int = 5, max_new_tokens: int = 40
@@ -105,9 +177,10 @@ class Model:
             raise LoadError(f"there is no caption prompt for language {language!r}; use {known}")
         images = _pixels(pixels, config.vit.image_size)
         decoding = self._decoding(num_beams, max_new_tokens)
-        return captioning.write_captions(
-            config, self.params, images, language, self.tokenizer, decoding, _size(len(images))
-        )
+        with ambient_mesh(self.mesh):
+            return captioning.write_captions(
+                config, self.params, images, language, self.tokenizer, decoding, _size(len(images))
+            )
 
     def chat(
         self, picture: Any, question: str, *, num_beams: int = 1, max_new_tokens: int = 40
@@ -119,17 +192,22 @@ class Model:
                 'load the work directory of stage 3, or "demo-chat"'
             )
         template = self.experiment.get("data", {}).get("template", "vicuna_v1")
-        (answer,) = chat.write_answers(
-            self.config,
-            self.params,
-            _pixels([picture], self.config.vit.image_size),
-            [question],
-            self._tokenizer(),
-            "brief" if template == "plain" else template,
-            self._decoding(num_beams, max_new_tokens),
-            batch_size=1,
-        )
+        with ambient_mesh(self.mesh):
+            (answer,) = chat.write_answers(
+                self.config,
+                self.params,
+                _pixels([picture], self.config.input_size),
+                [question],
+                self._tokenizer(),
+                "brief" if template == "plain" else template,
+                self._decoding(num_beams, max_new_tokens),
+                batch_size=1,
+            )
         return answer
+
+    def _batched(self, step: Any, rows: np.ndarray) -> np.ndarray:
+        with ambient_mesh(self.mesh):
+            return in_batches(step, (rows,), _size(len(rows)))
 
     def _internvl(self, what: str) -> InternVLConfig:
         if not isinstance(self.config, InternVLConfig):
@@ -159,18 +237,21 @@ class Model:
         return ids[:, : -(-used // 16) * 16]
 
 
-def load(source: str | os.PathLike, dtype: Any = None) -> Model:
+def load(source: str | os.PathLike, dtype: Any = None, mesh: Mesh | None = None) -> Model:
     """Load a checkpoint.
 
     Args:
         source: "demo" (InternVL-G of the embedded job) or "demo-chat", which ship with the
             package; a work directory of `train`, or one step in it; a file or folder of weights in
             an official PyTorch layout that `convert` knows.
-        dtype: of the parameters; None keeps what is stored, float32 for the shipped ones.
+        dtype: of the parameters, cast one by one as they are read; None keeps what is stored,
+            float32 for the shipped ones.
+        mesh: over which to shard the parameters (`sharding.make_mesh`); each device reads its part
+            only. None: everything lies on the first device.
 
     Raises:
         LoadError: nothing is there. CheckpointError, FileError, MappingError: what is there is
-            damaged or not what it seems.
+            damaged or not what it seems. MeshError: the model does not divide over the mesh.
     """
     shipped = SHIPPED.get(str(source))
     path = shipped or Path(source)
@@ -179,22 +260,27 @@ def load(source: str | os.PathLike, dtype: Any = None) -> Model:
             f"there is no checkpoint at {path}; give a work directory, a folder of official "
             f"weights, or one of {', '.join(SHIPPED)}"
         )
-    if path.suffix == ".safetensors" or any(path.glob("*.safetensors")):
-        config, params = convert.load_torch_layout(path)
-        tokenizer, experiment = _tokenizer_beside(path, config), {}
-    else:
-        params, meta = pretrained.read_params(path)
-        experiment = meta["config"]
-        if "family" not in experiment["model"]:
-            raise LoadError(f"{path} does not name its model; use it through init_from of a config")
-        config = from_dict(experiment["model"])
-        tokenizer = Tokenizer(experiment["data"].get("tokenizer") or None)
     dtype = jnp.dtype(dtype or "float32") if dtype or shipped else None
-    if dtype is not None:
-        params = jax.tree.map(
-            lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params
-        )
-    return Model(config, params, tokenizer, experiment)
+    official = convert.holds_weights(path)
+    if official and mesh is not None:
+        check_divisible(convert.open_torch_layout(path).config, mesh)
+    with ambient_mesh(mesh):
+        if official:
+            config, params = convert.load_torch_layout(path, dtype)
+            return Model(config, params, _tokenizer_beside(path, config), {}, mesh)
+        experiment = pretrained.read_experiment(path)
+        if not {"family", "class"} & set(experiment["model"]):
+            raise LoadError(f"{path} does not name its model; use it through init_from of a config")
+        config, shardings = from_dict(experiment["model"]), None
+        if mesh is not None:
+            check_divisible(config, mesh)
+            shardings = flatten(models.shardings(config, mesh))
+        params, _ = pretrained.read_params(path, shardings, dtype)
+    tokenizer = _tokenizer_beside(path, config)
+    recorded = experiment.get("data", {}).get("tokenizer")
+    if recorded is not None and not (path / "tokenizer.model").is_file():
+        tokenizer = Tokenizer(recorded or None)
+    return Model(config, params, tokenizer, experiment, mesh)
 
 
 def _tokenizer_beside(path: Path, config: ModelConfig) -> Tokenizer | None:
@@ -211,8 +297,22 @@ def _kind(config: ModelConfig) -> str:
     return f"a {type(config).__name__.removesuffix('Config')}"
 
 
+def _group(picture: Any) -> Any:
+    """The images of one prompt, given as one image or several."""
+    if isinstance(picture, np.ndarray):
+        return picture[None] if picture.ndim == 3 else picture
+    return [picture] if isinstance(picture, Image.Image) else picture
+
+
 def _pixels(pictures: Any, size: int) -> np.ndarray:
-    """uint8 [N, size, size, 3] of an array of that form, or of pictures of any size."""
+    """uint8 [N, size, size, 3] of an array of that form, or of pictures of any size.
+
+    Floats [N, H, W, 3] count as normalised and stay.
+    """
+    if isinstance(pictures, np.ndarray) and np.issubdtype(pictures.dtype, np.floating):
+        if pictures.ndim != 4 or pictures.shape[-1] != 3:
+            raise LoadError(f"normalised images are [N, H, W, 3], not {list(pictures.shape)}")
+        return pictures.astype(np.float32)
     if isinstance(pictures, np.ndarray) and pictures.ndim != 4:
         raise LoadError(f"images are uint8 [N, H, W, 3] or a sequence, not {pictures.shape}")
     rows = []
@@ -234,7 +334,3 @@ def _pixels(pictures: Any, size: int) -> np.ndarray:
 def _size(rows: int) -> int:
     """Batch size for so many rows: few sizes, so few compiled programs."""
     return min(_LARGEST_BATCH, 1 << max(rows - 1, 0).bit_length())
-
-
-def _batched(step: Any, rows: np.ndarray) -> np.ndarray:
-    return in_batches(step, (rows,), _size(len(rows)))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import internvl_jax
-from internvl_jax import convert, generate
+from internvl_jax import convert, generate, sharding
 from internvl_jax.data import conversation, scenes
 from internvl_jax.data.sources import EmbeddedScenes
 from internvl_jax.decoding import Decoding
@@ -64,6 +64,65 @@ def test_image_features_are_those_of_the_module_in_any_batch(model, mode):
     np.testing.assert_allclose(model.encode_image(PIXELS[:2], mode), expected[:2], atol=2e-5)
     pictures = [Image.fromarray(PIXELS[0]), PIXELS[1]]
     np.testing.assert_allclose(model.encode_image(pictures, mode), expected[:2], atol=2e-5)
+
+
+def test_normalised_floats_are_taken_as_they_are(model):
+    mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    floats = (PIXELS / np.float32(255) - mean) / std
+    np.testing.assert_allclose(model.encode_image(floats), model.encode_image(PIXELS), atol=2e-5)
+
+
+def test_states_are_those_of_the_module(model):
+    module = bind(model.config, model.params)
+    _, expected = module.vit(PIXELS, hidden_states=True)
+    np.testing.assert_allclose(model.image_states(PIXELS), expected, atol=2e-5)
+    ids = np.array([[1, 7, 9, 2], [1, 5, 2, 0]], np.int32)
+    states = model.text_states(ids)
+    assert states.shape == (model.config.llama.depth + 1, 2, 4, model.config.llama.width)
+    np.testing.assert_allclose(states[-1], module.text_states(ids), atol=2e-5)
+    last = states[-1][[0, 1], [3, 2]] @ np.asarray(model.params["text_projection"])
+    np.testing.assert_allclose(model.encode_text(ids), last, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["g", "official"])
+def test_a_mesh_changes_where_parameters_lie_and_nothing_else(checkpoints, model, kind):
+    mesh = sharding.make_mesh(fsdp=2, devices=jax.devices()[:2])
+    sharded = internvl_jax.load(checkpoints[kind], mesh=mesh)
+    kernel = sharded.params["vit"]["blocks"]["attn"]["qkv"]["kernel"]
+    whole = model.params["vit"]["blocks"]["attn"]["qkv"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape[-1] == whole.shape[-1] // 2
+    images, texts = sharded.encode_image(PIXELS, "g"), sharded.encode_text(TEXTS)
+    np.testing.assert_allclose(images, model.encode_image(PIXELS, "g"), atol=2e-5)
+    np.testing.assert_allclose(texts, model.encode_text(TEXTS), atol=2e-5)
+    np.testing.assert_allclose(
+        sharded.similarity(images, texts), model.similarity(images, texts), rtol=1e-4, atol=1e-4
+    )
+    half = internvl_jax.load(checkpoints[kind], "bfloat16", mesh)
+    assert half.params["queries"].dtype == "bfloat16"
+    assert half.params["vit"]["blocks"]["attn"]["qkv"]["kernel"].sharding == kernel.sharding
+    with pytest.raises(sharding.MeshError, match="do not divide"):
+        three = sharding.make_mesh(fsdp=3, devices=jax.devices()[:3])
+        internvl_jax.load(checkpoints[kind], mesh=three)
+
+
+def test_generation_is_that_of_each_prompt_alone(model, checkpoints):
+    prompts = [[1, 7], [1, 30, 4, 9, 5], [1, 5, 8]]
+    settings = dict(max_new_tokens=6, stop_ids=())
+    together = model.generate(prompts, PIXELS[:3], **settings)
+    assert isinstance(together.ids, np.ndarray) and together.ids.shape == (3, 1, 6)
+    for row, prompt in enumerate(prompts):
+        alone = model.generate([prompt], PIXELS[row : row + 1], **settings)
+        assert np.array_equal(alone.ids[0], together.ids[row])
+    chat = internvl_jax.load(checkpoints["chat"])
+    picture = [-200] * chat.config.tokens_per_image
+    prompts = [[1, *picture, 9], [1, *picture, 6, *picture, 11]]
+    images = [PIXELS[0], PIXELS[1:3]]
+    together = chat.generate(prompts, images, **settings)
+    for row in range(2):
+        alone = chat.generate(prompts[row : row + 1], images[row : row + 1], **settings)
+        assert np.array_equal(alone.ids[0], together.ids[row])
+    swapped = chat.generate(prompts, [PIXELS[3], PIXELS[1:3][::-1]], **settings)
+    assert not np.array_equal(swapped.ids, together.ids)
 
 
 def test_similarity_is_scaled_cosine(model):
@@ -138,7 +197,8 @@ def test_dtype_is_kept_or_as_asked(checkpoints):
         ("c", lambda m: m.caption(PIXELS), "middleware"),
         ("g", lambda m: m.caption(PIXELS, "fr"), "'fr'; use en, zh, ko, es"),
         ("g", lambda m: m.encode_image(PIXELS[0]), r"uint8 \[N, H, W, 3\]"),
-        ("g", lambda m: m.encode_image(PIXELS / 255), r"uint8 \[H, W, 3\], not float64"),
+        ("g", lambda m: m.encode_image(PIXELS[0] / 255), r"normalised images are \[N, H, W, 3\]"),
+        ("g", lambda m: m.encode_image(PIXELS.astype(int)), r"uint8 \[H, W, 3\], not int64"),
         ("c", lambda m: m.encode_image(PIXELS, "g"), "mode 'g' needs the middleware"),
     ],
 )

@@ -1,5 +1,6 @@
 """Reading of config.json files: absent and unsupported entries are named, never guessed over."""
 
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,9 @@ def get(config: Mapping[str, Any], name: str, where: str) -> Any:
     try:
         return config[name]
     except KeyError:
-        raise ConfigError(f"{where} has no {name!r}; it has {', '.join(config)}") from None
+        near = difflib.get_close_matches(name, config, n=3, cutoff=0.3)
+        hint = f"; near are {', '.join(near)}" if near else ""
+        raise ConfigError(f"{where} has no {name!r}{hint}") from None
 
 
 def require(config: Mapping[str, Any], name: str, supported: tuple, where: str) -> None:

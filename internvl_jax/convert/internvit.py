@@ -4,13 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from internvl_jax.convert.config_json import get, require
-from internvl_jax.convert.mapping import LeadingOnes, PatchKernel, Rule, Same, Transpose
+from internvl_jax.convert.mapping import LeadingOnes, PatchKernel, Rule, Same, Shape, Transpose
 from internvl_jax.models.config import VisionConfig, ViTConfig
+
+HOLDS = VisionConfig
 
 NORMS = {"rms_norm": "rmsnorm", "layer_norm": "layernorm"}
 
 
-def config_from_json(config: Mapping[str, Any], where: str = "config.json") -> VisionConfig:
+def config_from_json(
+    config: Mapping[str, Any], where: str, shapes: Mapping[str, Shape]
+) -> VisionConfig:
     """VisionConfig of the tower on its own."""
     return VisionConfig(tower_from_json(config, where))
 

@@ -5,11 +5,15 @@ from typing import Any
 
 from internvl_jax.convert import internvit, llama
 from internvl_jax.convert.config_json import ConfigError, get
-from internvl_jax.convert.mapping import LeadingOnes, Rule, Same, Transpose
+from internvl_jax.convert.mapping import LeadingOnes, Rule, Same, Shape, Transpose
 from internvl_jax.models.config import InternVLConfig, LlamaConfig
 
+HOLDS = InternVLConfig
 
-def config_from_json(config: Mapping[str, Any], where: str = "config.json") -> InternVLConfig:
+
+def config_from_json(
+    config: Mapping[str, Any], where: str, shapes: Mapping[str, Shape]
+) -> InternVLConfig:
     """InternVLConfig of an InternVLConfig in the official sense.
 
     `force_image_size` wins over the tower's own size, because a checkpoint that carries it was
@@ -99,11 +103,18 @@ def ignore(config: InternVLConfig) -> tuple[str, ...]:
 
 def qllama_rules(config: LlamaConfig, cross_every: int, torch: str) -> tuple[Rule, ...]:
     """QLLaMA: the LLaMA stack, its head, and cross-attention in every k-th layer."""
-    crossing = tuple(range(0, config.depth, cross_every))
-    cross = f"{torch}model.layers.{{i}}.cross_attn."
     return (
         *llama.rules(config, f"{torch}model."),
         *llama.head_rules(config, torch),
+        *cross_rules(config, cross_every, f"{torch}model."),
+    )
+
+
+def cross_rules(config: LlamaConfig, cross_every: int, torch: str) -> tuple[Rule, ...]:
+    """Cross-attention in every k-th layer; `torch` is the prefix before `layers`."""
+    crossing = tuple(range(0, config.depth, cross_every))
+    cross = f"{torch}layers.{{i}}.cross_attn."
+    return (
         *(
             Rule(f"{cross}{name}.weight", f"cross/{name}/scale", Same(), crossing)
             for name in ("norm1", "norm2")

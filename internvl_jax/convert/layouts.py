@@ -1,41 +1,80 @@
 """Loading and exporting whole checkpoints in the official PyTorch layouts.
 
-A layout is a module with `config_from_json`, `config_to_json`, `rules` and `ignore`; a further
-family is a further module and a line in `LAYOUTS`.
+A layout is a module with `HOLDS`, the kind of model it is for, `config_to_json`, `rules`, `ignore`
+and `config_from_json(description, where, shapes)`; a further family is a further module and a line
+in `LAYOUTS`. `shapes` are those of the checkpoint's tensors, for what its config.json leaves open.
 """
 
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from internvl_jax.convert import config_json, internvit, internvl, legacy, lora
+from internvl_jax.convert import (
+    chat,
+    chat_llava,
+    config_json,
+    hf,
+    internvit,
+    internvl,
+    language,
+    legacy,
+    llama,
+    lora,
+    model_card,
+)
 from internvl_jax.convert.config_json import ConfigError
 from internvl_jax.convert.mapping import Leaf, Rule, Shape, TorchTensors, check, leaves
 from internvl_jax.convert.safetensors_files import SHARD_BYTES, Tensors, new_directory, write
 from internvl_jax.models import LoraConfig, ModelConfig, abstract
+from internvl_jax.models.config import ARCHITECTURES
 from internvl_jax.rules import flatten, unflatten
 
-LAYOUTS = {"internvl-14b": internvl, "internvit": internvit, "internvl-c-legacy": legacy}
-MODEL_TYPES = {"internvl": "internvl-14b", "intern_vit_6b": "internvit"}
+LAYOUTS = {
+    "internvl-14b": internvl,
+    "internvit": internvit,
+    "internvl-c-legacy": legacy,
+    "chat": chat,
+    "chat-llava": chat_llava,
+    "hf": hf,
+    "language": language,
+}
+ARCHITECTURE_NAMES = (
+    "InternVLModel (InternVL-14B)",
+    "InternVisionModel",
+    "InternVLChatModel",
+    "InternVLForConditionalGeneration",
+    "LlavaLlamaForCausalLM (InternVL-Chat 1.0)",
+    *llama.CLASSES.values(),
+)
 
 
-def load_torch_layout(
-    path: str | os.PathLike, dtype: Any = None
-) -> tuple[ModelConfig, dict[str, Any]]:
-    """Loads an official checkpoint, recognising its layout from config.json or its keys.
+@dataclass(frozen=True)
+class Opened:
+    """An official checkpoint of which nothing but headers has been read.
+
+    leaves: our parameters by path, each to be read whole or in part. ignored: keys without a place
+    that need none, such as buffers of older classes.
+    """
+
+    layout: str
+    config: ModelConfig
+    leaves: dict[str, Leaf]
+    ignored: tuple[str, ...]
+    tensors: Tensors
+
+
+def open_torch_layout(path: str | os.PathLike, dtype: Any = None) -> Opened:
+    """Opens an official checkpoint, recognising its layout from config.json or its keys.
 
     Args:
         path: a directory with safetensors (and config.json), or one .safetensors file.
         dtype: of floating-point parameters; None keeps the checkpoint's own.
-
-    Returns:
-        The configuration, and the parameters as `read_params` gives them. Adapters stay adapters.
 
     Raises:
         FileError, ConfigError, MappingError: what does not hold together, all of it at once.
@@ -44,17 +83,131 @@ def load_torch_layout(
     directory = tensors.path if tensors.path.is_dir() else tensors.path.parent
     description = config_json.read(directory)
     layout = recognise(description, tensors, directory)
-    config = _read_config(layout, description, tensors, directory)
+    torch_shapes = {key: spec.shape for key, spec in tensors.specs.items()}
+    where = str(directory / "config.json") if description else str(tensors.path)
+    config = LAYOUTS[layout].config_from_json(description, where, torch_shapes)
     adapted, base_layer = lora.found(config, tensors) if layout == "internvl-14b" else ((), True)
     table = _table(layout, config, adapted, base_layer)
     ranks = {path: lora.rank(table, path, tensors.specs) for path in adapted}
-    ignore = LAYOUTS[layout].ignore(config)
-    params = read_params(tensors, table, parameter_shapes(config, ranks), ignore, dtype)
+    shapes = _plain(parameter_shapes(config, ranks))
+    check(table, torch_shapes, shapes, LAYOUTS[layout].ignore(config), what=str(tensors.path))
     # The configuration of fresh adapters knows one rank; differing ranks live in the arrays only.
     if len(set(ranks.values())) == 1:
         targets = "|".join(sorted(ranks))
         config = replace(config, lora=LoraConfig(rank=max(ranks.values()), targets=targets))
-    return config, params
+    used = {key for rule in table for key in rule.keys}
+    return Opened(
+        layout=layout,
+        config=config,
+        leaves=dict(leaves(table, tensors, tensors.specs, shapes, dtype)),
+        ignored=tuple(key for key in tensors if key not in used),
+        tensors=tensors,
+    )
+
+
+def load_torch_layout(
+    path: str | os.PathLike, dtype: Any = None
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Loads an official checkpoint; arguments and errors are those of `open_torch_layout`.
+
+    Returns:
+        The configuration, and a nested dict of arrays: on the shardings of the current mesh, each
+        device reading its own part only, or on the first device. Adapters stay adapters.
+    """
+    opened = open_torch_layout(path, dtype)
+    ranks = {
+        path.removesuffix("/lora_a"): leaf.shape[-1]
+        for path, leaf in opened.leaves.items()
+        if path.endswith("/lora_a")
+    }
+    shapes = parameter_shapes(replace(opened.config, lora=None), ranks)
+    return opened.config, _placed(opened.leaves, shapes)
+
+
+def read_params(
+    tensors: Tensors,
+    table: Iterable[Rule],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    ignore: Iterable[str] = (),
+    dtype: Any = None,
+) -> dict[str, Any]:
+    """Reads the parameters in `shapes` (by path), which may be a part of a model.
+
+    Raises:
+        MappingError: missing, unexpected and mis-shaped keys, all together.
+    """
+    table = tuple(table)
+    torch_shapes = {key: spec.shape for key, spec in tensors.specs.items()}
+    check(table, torch_shapes, _plain(shapes), ignore, what=str(tensors.path))
+    return _placed(dict(leaves(table, tensors, tensors.specs, _plain(shapes), dtype)), shapes)
+
+
+def _placed(
+    parameters: Mapping[str, Leaf], shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, Any]:
+    """Nested dict of arrays on the devices; one stacked parameter at a time is in host memory.
+
+    Where `shapes` carries shardings (`parameter_shapes` under `jax.set_mesh`), each device asks
+    only for its own part.
+    """
+    return unflatten({p: _place(leaf, shapes[p].sharding) for p, leaf in parameters.items()})
+
+
+@dataclass(frozen=True)
+class Export:
+    """Parameters as they will stand in an official checkpoint; nothing is written yet.
+
+    description: the content of config.json.
+    """
+
+    layout: str
+    config: ModelConfig
+    description: Mapping[str, Any]
+    tensors: TorchTensors
+
+    def write(self, directory: Path, shard_bytes: int = SHARD_BYTES) -> list[str]:
+        """Writes weights, config.json and model card; returns the names of the weight files."""
+        files = write(directory, self.tensors.specs, self.tensors.read, shard_bytes)
+        text = json.dumps(self.description, indent=2) + "\n"
+        (directory / "config.json").write_text(text, "utf-8")
+        specs = self.tensors.specs.values()
+        card = model_card.text(self.config, self.layout, [(s.shape, str(s.dtype)) for s in specs])
+        (directory / "README.md").write_text(card, "utf-8")
+        return files
+
+
+def plan_export(
+    parameters: Mapping[str, Any], config: ModelConfig, layout: str, dtype: Any = None
+) -> Export:
+    """Decides how parameters will stand in a layout, without reading them.
+
+    Args:
+        parameters: {path: array, or anything that `TorchTensors` reads from}.
+        config, layout, dtype: as of `export`, with its errors.
+    """
+    if layout not in LAYOUTS:
+        raise ConfigError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
+    if not isinstance(config, LAYOUTS[layout].HOLDS):
+        fitting = [name for name, module in LAYOUTS.items() if isinstance(config, module.HOLDS)]
+        what = f"a {type(config).__name__.removesuffix('Config')}"
+        raise ConfigError(f"the layout {layout} cannot hold {what}; use {' or '.join(fitting)}")
+    config = replace(config, lora=None)
+    adapters = {name: array for name, array in parameters.items() if name.endswith("/lora_a")}
+    ranks = {name.removesuffix("/lora_a"): array.shape[-1] for name, array in adapters.items()}
+    shapes = parameter_shapes(config, ranks)
+    ours = {name: tuple(array.shape) for name, array in parameters.items()}
+    check([Rule(name, name) for name in shapes], ours, _plain(shapes), what="the parameters")
+    description = LAYOUTS[layout].config_to_json(config)
+    if ranks:
+        if layout != "internvl-14b":
+            raise ConfigError(f"{layout} has no place for adapters; merge them first (lora.merged)")
+        description |= lora.config_to_json(ranks)
+    table = _table(layout, config, ranks)
+    check(table, _torch_shapes(table, shapes), _plain(shapes), what=f"the layout {layout}")
+    tensors = TorchTensors(table, parameters, dtype)
+    widest = max((spec.dtype for spec in tensors.specs.values()), key=lambda d: d.itemsize)
+    description["torch_dtype"] = str(widest)
+    return Export(layout, config, description, tensors)
 
 
 def export(
@@ -65,7 +218,7 @@ def export(
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
-    """Writes parameters as an official checkpoint: safetensors and config.json.
+    """Writes parameters as an official checkpoint: safetensors, config.json and a model card.
 
     Args:
         params: nested dict of arrays; adapters, if any, are written un-merged under peft's names.
@@ -82,55 +235,9 @@ def export(
         MappingError: parameters that do not fit the configuration or have no place in the layout.
         FileExistsError: `path` already holds something.
     """
-    if layout not in LAYOUTS:
-        raise ConfigError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
-    flat = flatten(params)
-    config = replace(config, lora=None)
-    adapters = {name: array for name, array in flat.items() if name.endswith("/lora_a")}
-    ranks = {name.removesuffix("/lora_a"): array.shape[-1] for name, array in adapters.items()}
-    shapes = parameter_shapes(config, ranks)
-    ours = {name: tuple(array.shape) for name, array in flat.items()}
-    check([Rule(name, name) for name in shapes], ours, _plain(shapes), what="the parameters")
-    description = LAYOUTS[layout].config_to_json(config)
-    if ranks:
-        if layout != "internvl-14b":
-            raise ConfigError(f"{layout} has no place for adapters; merge them first (lora.merged)")
-        description |= lora.config_to_json(ranks)
-    table = _table(layout, config, ranks)
-    check(table, _torch_shapes(table, shapes), _plain(shapes), what=f"the layout {layout}")
-    tensors = TorchTensors(table, flat, dtype)
-    widest = max((spec.dtype for spec in tensors.specs.values()), key=lambda d: d.itemsize)
-    description["torch_dtype"] = str(widest)
+    planned = plan_export(flatten(params), config, layout, dtype)
     with new_directory(path) as directory:
-        files = write(directory, tensors.specs, tensors.read, shard_bytes)
-        text = json.dumps(description, indent=2) + "\n"
-        (directory / "config.json").write_text(text, "utf-8")
-    return files
-
-
-def read_params(
-    tensors: Tensors,
-    table: Iterable[Rule],
-    shapes: Mapping[str, jax.ShapeDtypeStruct],
-    ignore: Iterable[str] = (),
-    dtype: Any = None,
-) -> dict[str, Any]:
-    """Reads every parameter in `shapes` (by path) from torch tensors; a nested dict of arrays.
-
-    One of our stacked parameters at a time is in host memory; where `shapes` carries shardings
-    (`parameter_shapes` under `jax.set_mesh`), each device asks only for its own part.
-
-    Raises:
-        MappingError: missing, unexpected and mis-shaped keys, all together.
-    """
-    table = tuple(table)
-    torch_shapes = {key: spec.shape for key, spec in tensors.specs.items()}
-    check(table, torch_shapes, _plain(shapes), ignore, what=str(tensors.path))
-    params = {
-        path: _place(leaf, shapes[path].sharding)
-        for path, leaf in leaves(table, tensors, tensors.specs, _plain(shapes), dtype)
-    }
-    return unflatten(params)
+        return planned.write(directory, shard_bytes)
 
 
 def parameter_shapes(
@@ -158,23 +265,23 @@ def recognise(
         return "internvl-c-legacy"
     if description is None:
         raise ConfigError(f"{where} has no config.json, and its keys are of no known layout")
-    model_type = description.get("model_type")
-    if model_type not in MODEL_TYPES:
-        names = ", ".join(description.get("architectures") or ["an unnamed architecture"])
-        raise ConfigError(
-            f"{where} holds {names} (model_type {model_type!r}); supported are the model types "
-            f"{', '.join(MODEL_TYPES)} and the older InternVL-C layout"
-        )
-    return MODEL_TYPES[model_type]
-
-
-def _read_config(
-    layout: str, description: Mapping[str, Any] | None, tensors: Tensors, directory: Path
-) -> ModelConfig:
-    if layout == "internvl-c-legacy" and "model" not in (description or {}):
-        shapes = {key: spec.shape for key, spec in tensors.specs.items()}
-        return legacy.config_from_shapes(shapes, str(tensors.path))
-    return LAYOUTS[layout].config_from_json(description, str(directory / "config.json"))
+    kind = description.get("model_type")
+    # Two programs call their models "internvl"; the parts of the configuration tell them apart.
+    for layout, part, kinds in (
+        ("internvl-14b", "qllama_config", ("internvl",)),
+        ("chat", "llm_config", ("internvl_chat",)),
+        ("chat-llava", "mm_projector_type", ("llava", "llama")),
+        ("hf", "text_config", ("internvl",)),
+        ("internvit", "hidden_size", ("intern_vit_6b",)),
+        ("language", "vocab_size", ARCHITECTURES),
+    ):
+        if part in description and kind in (*kinds, None):
+            return layout
+    names = ", ".join(description.get("architectures") or ["an unnamed architecture"])
+    raise ConfigError(
+        f"{where} holds {names} (model_type {kind!r}); supported are "
+        f"{', '.join(ARCHITECTURE_NAMES)} and the older InternVL-C layout"
+    )
 
 
 def _table(
@@ -188,8 +295,8 @@ def _table(
 def _torch_shapes(
     table: Iterable[Rule], shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, Shape]:
-    present = [rule for rule in table if rule.ours in shapes]
-    return {key: r.torch_shape(shapes[r.ours].shape) for r in present for key in r.keys}
+    present = [rule for rule in table if all(path in shapes for path in rule.paths)]
+    return {key: spec.shape for key, spec in TorchTensors(present, shapes).specs.items()}
 
 
 def _plain(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Shape]:

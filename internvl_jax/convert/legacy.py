@@ -6,26 +6,32 @@ config.json, so head counts, which no shape shows, are those of the published mo
 config.json with the constructor's arguments ({"model": …, "llama": …}) lies beside them.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from internvl_jax.convert import internvit, internvl, llama
+from internvl_jax.convert import from_shapes, internvit, internvl, llama
 from internvl_jax.convert.config_json import ConfigError, get
 from internvl_jax.convert.mapping import LeadingOnes, PatchKernel, Rule, Shape
-from internvl_jax.models.config import InternVLConfig, LlamaConfig, VisionConfig, ViTConfig
+from internvl_jax.models.config import InternVLConfig, VisionConfig, ViTConfig
 
-HEAD_DIM = 128  # of InternViT-6B and LLaMA-7B
+HOLDS = InternVLConfig | VisionConfig
+
 POOL_HEADS = 16
+STORED_PATCH = 14
 
 
 def config_from_json(
-    config: Mapping[str, Any], where: str = "config.json"
+    config: Mapping[str, Any] | None, where: str, shapes: Mapping[str, Shape]
 ) -> InternVLConfig | VisionConfig:
-    """InternVL-C from {"model": {…}, "llama": {…}}; the backbone where there is no "llama"."""
+    """InternVL-C from {"model": {…}, "llama": {…}}; the backbone where there is no "llama".
+
+    Without such a config.json the shapes of the tensors tell.
+    """
+    if "model" not in (config or {}):
+        return config_from_shapes(shapes, where)
     inside = f"'model' of {where}"
     model = get(config, "model", where)
-    vit = backbone_from_json({"pretrain_size": get(model, "img_size", inside), **model}, inside)
+    vit = backbone_from_json(model, inside)
     if "llama" not in config:
         return VisionConfig(vit)
     return InternVLConfig(
@@ -37,14 +43,16 @@ def config_from_json(
 
 
 def backbone_from_json(model: Mapping[str, Any], where: str = "config.json") -> ViTConfig:
-    """ViTConfig of the stored backbone: 14-pixel patches at the size it was trained with."""
+    """ViTConfig of the stored backbone, at the size it was trained with."""
     width = get(model, "embed_dim", where)
+    resized = "pretrain_size" in model  # such a program resizes what is stored on loading
     return ViTConfig(
         width=width,
         depth=get(model, "depth", where),
         num_heads=get(model, "num_heads", where),
         mlp_dim=int(width * get(model, "mlp_ratio", where)),
-        image_size=get(model, "pretrain_size", where),
+        patch_size=STORED_PATCH if resized else model.get("patch_size", STORED_PATCH),
+        image_size=model["pretrain_size"] if resized else get(model, "img_size", where),
         qkv_bias=model.get("qkv_bias", False),
         qk_norm=model.get("qk_normalization", True),
     )
@@ -53,8 +61,8 @@ def backbone_from_json(model: Mapping[str, Any], where: str = "config.json") -> 
 def config_to_json(config: InternVLConfig | VisionConfig) -> dict[str, Any]:
     """The constructor's arguments, so that sizes other than the published ones come back."""
     vit = config.vit
-    if vit.norm != "rmsnorm" or vit.patch_size != 14:
-        raise ConfigError("the older layout has RMSNorm and 14-pixel patches only")
+    if vit.norm != "rmsnorm":
+        raise ConfigError("the older layout has RMSNorm only")
     model = {
         "embed_dim": vit.width,
         "depth": vit.depth,
@@ -77,44 +85,15 @@ def config_to_json(config: InternVLConfig | VisionConfig) -> dict[str, Any]:
 
 def config_from_shapes(shapes: Mapping[str, Shape], where: str) -> InternVLConfig | VisionConfig:
     """The configuration of a file without config.json, from its shapes and the published heads."""
-    tokens, width = get(shapes, "pos_embed", where)[1:]
-    vit = ViTConfig(
-        width=width,
-        depth=_depth(shapes, "blocks."),
-        num_heads=_heads(width, HEAD_DIM, where),
-        mlp_dim=get(shapes, "blocks.0.mlp.fc1.weight", where)[0],
-        image_size=14 * math.isqrt(tokens - 1),
-        qkv_bias="blocks.0.attn.qkv.bias" in shapes,
-        qk_norm="blocks.0.attn.q_norm.weight" in shapes,
-    )
+    vit = from_shapes.vit(shapes, ("pos_embed", "patch_embed.proj.weight"), "blocks.", where)
     if "transformer.embed_tokens.weight" not in shapes:
         return VisionConfig(vit)
-    vocab, text_width = shapes["transformer.embed_tokens.weight"]
     return InternVLConfig(
         vit=vit,
-        llama=LlamaConfig(
-            vocab_size=vocab,
-            width=text_width,
-            depth=_depth(shapes, "transformer.layers."),
-            num_heads=_heads(text_width, HEAD_DIM, where),
-            mlp_dim=get(shapes, "transformer.layers.0.mlp.gate_proj.weight", where)[0],
-        ),
+        llama=from_shapes.llama(shapes, "transformer.", where),
         embed_dim=get(shapes, "text_projection", where)[1],
         pool_heads=POOL_HEADS,
     )
-
-
-def _depth(shapes: Mapping[str, Shape], prefix: str) -> int:
-    return len({key.removeprefix(prefix).split(".")[0] for key in shapes if key.startswith(prefix)})
-
-
-def _heads(width: int, head_dim: int, where: str) -> int:
-    if width % head_dim:
-        raise ConfigError(
-            f"{where} has width {width}, which heads of {head_dim} do not divide; put a "
-            'config.json with the arguments {"model": {…}, "llama": {…}} beside it'
-        )
-    return width // head_dim
 
 
 def rules(config: InternVLConfig | VisionConfig) -> tuple[Rule, ...]:

@@ -7,18 +7,23 @@ any tensor is handed out, because a file that lies about its sizes would otherwi
 later as wrong numbers or a crash.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import fcntl
 import json
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+
+from internvl_jax.convert import torch_files
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -40,6 +45,9 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format itself
 SHARD_BYTES = 5_000_000_000
+READ_AHEAD = 2  # tensors read while one is written
+# What a directory's weights are called, in order of preference; an index has ".index.json" more.
+FILES = ("*.safetensors", "pytorch_model*.bin", "*.pth")
 
 
 class FileError(ValueError):
@@ -75,13 +83,16 @@ class Tensors(Mapping[str, np.ndarray]):
     def __init__(self, path: str | os.PathLike):
         """Opens `path`: a .safetensors file, or a directory with one, several or an index.
 
+        Files of torch.save (.pth, .bin; see `torch_files`) are read in the same way; in a directory
+        where there is no .safetensors file, and by the name that Hugging Face gives them.
+
         Raises FileError, naming the file, where a header or an index does not hold together.
         """
         self.path = Path(path)
         self._maps: dict[Path, mmap.mmap] = {}
         self._places: dict[str, _Place] = {}
         for file in _files(self.path):
-            for name, place in _read_header(file).items():
+            for name, place in _places_in(file).items():
                 if name in self._places:
                     raise FileError(
                         f"{name!r} is both in {self._places[name].file} and in {file}; "
@@ -115,6 +126,13 @@ class Tensors(Mapping[str, np.ndarray]):
         return list(dict.fromkeys(place.file for place in self._places.values()))
 
 
+def holds_weights(path: Path) -> bool:
+    """Whether `path` is a file of torch weights, or a directory with one."""
+    if path.is_file():
+        return path.suffix in (".safetensors", *torch_files.SUFFIXES)
+    return any(any(path.glob(pattern)) for pattern in FILES)
+
+
 def _size(shape) -> int:
     """Number of elements as a Python integer, which cannot overflow as numpy's product can."""
     size = 1
@@ -128,15 +146,27 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileError(f"{path} does not exist")
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if len(indices) > 1:
-        raise FileError(f"{path} has several indices: {', '.join(i.name for i in indices)}")
-    if not indices:
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise FileError(f"{path} has no .safetensors file")
-        return files
-    return _indexed_files(indices[0])
+    for pattern in FILES:
+        indices = sorted(path.glob(f"{pattern}.index.json"))
+        if len(indices) > 1:
+            raise FileError(f"{path} has several indices: {', '.join(i.name for i in indices)}")
+        if indices:
+            return _indexed_files(indices[0])
+        files = sorted(path.glob(pattern))
+        if files:
+            return files
+    raise FileError(f"{path} has no file {' or '.join(FILES)}")
+
+
+def _places_in(path: Path) -> dict[str, _Place]:
+    """Every tensor's place in a file of either kind."""
+    if path.suffix not in torch_files.SUFFIXES:
+        return _read_header(path)
+    try:
+        stored = torch_files.read_header(path)
+    except (torch_files.Unreadable, zipfile.BadZipFile) as error:
+        raise FileError(f"{path} cannot be read: {error}") from error
+    return {name: _Place(Spec(t.shape, t.dtype), path, t.offset) for name, t in stored.items()}
 
 
 def _indexed_files(index: Path) -> list[Path]:
@@ -157,7 +187,7 @@ def _indexed_files(index: Path) -> list[Path]:
             problems.append(f"{name} is missing ({len(by_file[name])} tensors)")
         else:
             files.append(file)
-            here = set(_read_header(file))
+            here = set(_places_in(file))
             problems += [f"{key!r} is not in {name}" for key in sorted(by_file[name] - here)]
             problems += [f"{key!r} of {name} is not in it" for key in sorted(here - by_file[name])]
     if problems:
@@ -231,8 +261,9 @@ def write(
 ) -> list[str]:
     """Writes the tensors named in `specs` into an existing directory and returns the file names.
 
-    `read(name)` is called once per tensor, in writing order, so that only one tensor need be in
-    memory. More than `shard_bytes` of tensors become several files and an index.
+    `read(name)` is called once per tensor, from a few threads that run ahead of the writing, so
+    that only a few tensors need be in memory. More than `shard_bytes` of tensors become several
+    files and an index.
     """
     directory = Path(directory)
     shards: list[list[str]] = [[]]
@@ -278,13 +309,32 @@ def _write_file(path: Path, specs: Mapping[str, Spec], read: Callable[[str], np.
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for name in names:
-            array = np.ascontiguousarray(read(name)).reshape(specs[name].shape)
+        for name, array in _ahead(read, names):
+            array = np.ascontiguousarray(array).reshape(specs[name].shape)
             if array.dtype != specs[name].dtype:
                 raise ValueError(f"{name!r} was announced as {specs[name]}, came as {array.dtype}")
             file.write(array.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _ahead(
+    read: Callable[[str], np.ndarray], names: Sequence[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, read(name)) in order, while the next ones are read already."""
+    pending: collections.deque[tuple[str, concurrent.futures.Future]] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(READ_AHEAD) as pool:
+        try:
+            for name in names:
+                pending.append((name, pool.submit(read, name)))
+                if len(pending) > READ_AHEAD:
+                    first, result = pending.popleft()
+                    yield first, result.result()
+            while pending:
+                first, result = pending.popleft()
+                yield first, result.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager

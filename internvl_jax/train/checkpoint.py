@@ -58,6 +58,11 @@ def make_meta(items: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
         path: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": digest_of[path]}
         for path, x in arrays.items()
     }
+    return sealed(leaves, **fields)
+
+
+def sealed(leaves: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+    """The record of arrays whose shapes, dtypes and digests are known."""
     versions = {}
     for package in ("internvl_jax", "jax", "flax", "optax", "orbax-checkpoint"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -125,7 +130,7 @@ def _restore(directory: Path, abstract: dict) -> dict:
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=True,
     )
-    _mute_orbax()
+    mute_orbax()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(directory, args=args)
 
@@ -150,7 +155,8 @@ class _ReportedElsewhere(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.ERROR:
-            return True
+            # True of every checkpoint that one process wrote as plain files.
+            return "Skipping merge of OCDBT" not in record.getMessage()
         return "orbax" not in f"{record.pathname} {record.getMessage()}"
 
 
@@ -168,7 +174,8 @@ class _WithoutStragglers:
 
 
 @functools.cache
-def _mute_orbax() -> None:
+def mute_orbax() -> None:
+    """Let Orbax report failures only through exceptions."""
     for name in ("asyncio", "absl"):
         logging.getLogger(name).addFilter(_ReportedElsewhere())
     sys.unraisablehook = _WithoutStragglers(sys.unraisablehook)
@@ -196,7 +203,7 @@ class Checkpoints:
         """Open or create the directory and remove what an interrupted save left there."""
         self.directory = Path(directory).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
-        _mute_orbax()
+        mute_orbax()
         self._keep = keep
         self._saving: int | None = None
         self.removed = self._remove_unfinished()

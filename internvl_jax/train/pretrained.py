@@ -42,27 +42,42 @@ def find_step(path: str | Path) -> Path:
     )
 
 
-def read_params(path: str | Path, abstract: dict | None = None) -> tuple[dict, dict[str, Any]]:
+def read_params(
+    path: str | Path,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    dtype: Any = None,
+) -> tuple[dict, dict[str, Any]]:
     """(params, meta) of a checkpoint, every array verified; meta["config"] is its experiment.
 
-    abstract: tree with shardings, as `state.on_mesh(models.init.abstract(config), mesh)`; without
-      it every array lies whole on each device of the current mesh, or on the first device.
-    Raises CheckpointCorrupt if the checkpoint is damaged, CheckpointError if it does not fit.
+    shardings: where each array is to lie, by path; each device then reads little more than its
+      part. What has none lies whole on each device of the current mesh, or on the first device.
+    dtype: of floating-point arrays, cast one by one as they come; None keeps what is stored.
+    Raises CheckpointCorrupt if the checkpoint is damaged, CheckpointError if there is none.
     """
     directory = find_step(path)
     meta = read_meta(directory)
-    if abstract is None:
-        mesh = jax.sharding.get_mesh()
-        whole = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        if not mesh.empty:
-            whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        abstract = rules.unflatten(
-            {
-                p: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
-                for p, (shape, dtype) in _stored(meta).items()
-            }
-        )
-    return read_arrays(directory, "params", abstract, meta), meta
+    mesh = jax.sharding.get_mesh()
+    whole = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if not mesh.empty:
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    wanted = {
+        p: jax.ShapeDtypeStruct(shape, stored, sharding=(shardings or {}).get(p, whole))
+        for p, (shape, stored) in _stored(meta).items()
+    }
+    if dtype is None:
+        return read_arrays(directory, "params", rules.unflatten(wanted), meta), meta
+    params = {}
+    for name, leaf in wanted.items():
+        one = read_arrays(directory, "params", rules.unflatten({name: leaf}), meta)
+        array = rules.flatten(one)[name]
+        floating = jnp.issubdtype(array.dtype, jnp.floating)
+        params[name] = array.astype(dtype) if floating else array
+    return rules.unflatten(params), meta
+
+
+def read_experiment(path: str | Path) -> dict[str, Any]:
+    """The config of the run that made a checkpoint, without reading arrays."""
+    return read_meta(find_step(path))["config"]
 
 
 def save_params(path: str | Path, params: dict, **meta: Any) -> Path:

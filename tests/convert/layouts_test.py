@@ -16,8 +16,8 @@ from internvl_jax.convert import internvl, layouts, llama
 from internvl_jax.convert.config_json import ConfigError
 from internvl_jax.convert.mapping import MappingError, TorchTensors, leaves
 from internvl_jax.convert.safetensors_files import Tensors
-from internvl_jax.models import InternVLConfig, LoraConfig, VisionConfig
-from internvl_jax.models.config import INTERNVLS, VITS
+from internvl_jax.models import ChatConfig, InternVLConfig, LoraConfig, VisionConfig
+from internvl_jax.models.config import CHATS, INTERNVLS, LLAMAS, VITS
 from internvl_jax.rules import flatten, unflatten
 from internvl_jax.sharding import make_mesh
 from tests.golden import cases
@@ -26,7 +26,7 @@ CASES = [
     (case, file)
     for case in cases.discover()
     for file in case.info["files"]
-    if case.category in ("V", "C", "L", "P") and file.startswith("weights")
+    if case.category in ("V", "C", "L", "P", "H", "H2") and file.startswith("weights")
 ]
 BF16 = np.dtype(ml_dtypes.bfloat16)
 TINY = INTERNVLS["tiny"]
@@ -35,7 +35,8 @@ TINY = INTERNVLS["tiny"]
 def layout_of(case):
     if {"model", "embed_dim"} & set(case.config):
         return "internvl-c-legacy"
-    return "internvl-14b" if "qllama_config" in case.config else "internvit"
+    parts = {"qllama_config": "internvl-14b", "llm_config": "chat", "text_config": "hf"}
+    return next((parts[part] for part in parts if part in case.config), "internvit")
 
 
 def assert_same(result, expected):
@@ -105,7 +106,25 @@ MANIFESTS = {
         "internvit",
     ),
     "InternViT-300M-448px": (VisionConfig(VITS["300m"]), "internvit"),
+    "InternVL-Chat-ViT-6B-Vicuna-7B": (CHATS["vicuna_7b"], "chat-llava"),
+    "InternVL-Chat-ViT-6B-Vicuna-13B": (CHATS["vicuna_13b"], "chat-llava"),
+    "InternVLChatModel-ViT-6B-LLaMA-13B-later-layout": (
+        ChatConfig(
+            replace(VITS["6b"], image_size=448),
+            LLAMAS["vicuna_13b"],
+            projector="pixel_shuffle",
+            shuffle_version="v1",
+            image_size=448,
+        ),
+        "chat",
+    ),
 }
+
+
+def test_every_manifest_is_tested():
+    folder = cases.Path(cases.__file__).parent / "data" / "manifests"
+    names = {file.name.removesuffix(".keys.json.gz") for file in folder.glob("*.keys.json.gz")}
+    assert names == set(MANIFESTS)
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
@@ -123,7 +142,7 @@ def test_every_key_of_a_full_size_model_is_mapped_once_both_ways(name):
     assert parameters == sum(np.prod(shape, dtype=np.int64) for shape in official.values())
     # The configuration survives the way through config.json.
     description = json.loads(json.dumps(layouts.LAYOUTS[layout].config_to_json(config)))
-    again = layouts.LAYOUTS[layout].config_from_json(description)
+    again = layouts.LAYOUTS[layout].config_from_json(description, name, official)
     if layout == "internvl-c-legacy":
         assert again == layouts.legacy.config_from_shapes(official, name) == config
     elif isinstance(config, VisionConfig):
@@ -131,6 +150,9 @@ def test_every_key_of_a_full_size_model_is_mapped_once_both_ways(name):
         assert replace(again.vit, layer_scale=config.vit.layer_scale) == config.vit
     else:
         assert again == config
+    if layout == "chat-llava":  # published without a description of the tower
+        del description["vision_config"]
+        assert layouts.LAYOUTS[layout].config_from_json(description, name, official) == config
 
 
 def small(**changes) -> tuple[InternVLConfig, dict]:
@@ -263,7 +285,7 @@ def test_export_interrupted_halfway_leaves_nothing_and_can_be_repeated(tmp_path,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "clip", "architectures": ["CLIPModel"]}, "CLIPModel.*internvl"),
+        ({"model_type": "clip", "architectures": ["CLIPModel"]}, "CLIPModel.*InternVLChatModel"),
         ({"vision_config": {"hidden_act": "relu"}}, "vision_config .* hidden_act = 'relu'"),
         ({"qllama_config": {"rope_scaling": {"type": "linear"}}}, "rope_scaling"),
         ({"clip_embed_dim": None}, "has no 'clip_embed_dim'"),

@@ -144,7 +144,7 @@ def test_truncated_download_is_named(tmp_path):
 
 
 def test_directory_without_weights_is_named(tmp_path):
-    with pytest.raises(FileError, match=r"has no \.safetensors file"):
+    with pytest.raises(FileError, match=r"has no file \*\.safetensors or"):
         Tensors(tmp_path)
     with pytest.raises(FileError, match="does not exist"):
         Tensors(tmp_path / "absent")

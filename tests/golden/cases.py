@@ -21,8 +21,7 @@ from internvl_jax.convert.safetensors_files import Tensors
 ABSOLUTE = 2e-5  # hidden states, features, logits, losses, in float32
 RELATIVE_GRADIENT, ABSOLUTE_GRADIENT = 1e-4, 1e-6
 
-RUN = ("V", "Q", "C", "L", "G")  # categories with a test module here
-LATER = ("P", "H", "H2", "K", "I")  # other layouts, text and images
+RUN = ("V", "Q", "C", "L", "G", "P", "H", "H2", "K", "I")  # categories with a test module here
 
 # Each function here runs a few times on tiny arrays: compiling it is nearly all of its cost.
 jit = functools.partial(

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from internvl_jax.train.digest import digests
+from internvl_jax.train.digest import RunningDigest, digests
 
 
 def numpy_digest(array):
@@ -87,3 +87,13 @@ def test_any_sharding_gives_the_same_digest():
 def test_dtypes_without_words_are_refused():
     with pytest.raises(TypeError, match="complex64"):
         digests({"x": jnp.zeros(3, jnp.complex64)})
+
+
+@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16, "int8"])
+def test_pieces_in_any_order_give_the_digest_of_the_whole(dtype):
+    array = np.random.default_rng(1).integers(-100, 100, (7, 20011)).astype(dtype)
+    running = RunningDigest()
+    for row in (3, 0, 5):
+        running.add(array[row : row + 2], row * 20011)
+    running.add(array[2], 2 * 20011)
+    assert running.hexadecimal() == digests({"x": jnp.asarray(array)})["x"]

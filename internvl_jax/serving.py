@@ -1,0 +1,124 @@
+"""Generation for callers with lists of prompts: few shapes, so few compilations, and host results.
+
+Prompts of different lengths are padded on the left to a common bucket, and the number of rows up to
+a power of two; neither changes a result. Reading the prompts and continuing them are two compiled
+programs, so other settings of the search do not compile the model's prefill again.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from internvl_jax import generate
+from internvl_jax.decoding import Decoding, Generated
+from internvl_jax.models import ChatConfig, InternVLConfig, LanguageModelConfig, ModelConfig, bind
+from internvl_jax.sharding import axis_size, batch_sharding, replicate
+
+SHORTEST = 16  # tokens of the smallest prompt bucket
+
+
+@functools.partial(jax.jit, static_argnames=("config", "room"))
+def _prefill(params: Any, ids: Any, images: Any, valid: Any, *, config: ModelConfig, room: int):
+    model = bind(config, params)
+    if isinstance(config, InternVLConfig):
+        return model.prefill(model.vision(images), ids, config.num_queries + room)
+    if isinstance(config, ChatConfig):
+        return model.prefill(ids, images, room, valid=valid)
+    return model.prefill(ids, room)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "decoding"))
+def _continue(params, logits, cache, key, history, *, config: ModelConfig, decoding: Decoding):
+    decode = bind(config, params).decode
+    result = generate.generate(decode, logits, cache, decoding, key=key, history=history)
+    return jax.tree.map(replicate, result)
+
+
+def bucket(length: int) -> int:
+    """The smallest of 16, 32, 64, 128, 192, 256, 320, … that holds `length` tokens."""
+    if length <= 64:
+        return max(SHORTEST, 1 << max(length - 1, 0).bit_length())
+    return -(-length // 64) * 64
+
+
+def continue_prompts(
+    config: ModelConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    images: Any = None,
+    seed: int = 0,
+) -> Generated:
+    """Continue prompts of any lengths together.
+
+    Args:
+        config, params: an InternVL-G, a chat model or a language model; under a mesh
+            (`jax.set_mesh`) the parameters lie on it.
+        prompts: token ids of each row, beginning token included; chat prompts with their image
+            positions.
+        decoding: how to choose; the ids of a prompt count as seen by the repetition penalty.
+        images: of InternVL-G one per prompt, [N, H, W, 3]; of a chat model the same, or for each
+            prompt an array [M, H, W, 3] of its images. Language models take none.
+        seed: of the random key, where `decoding.temperature` asks for one.
+
+    Returns:
+        `Generated` with numpy arrays, one row per prompt.
+
+    Raises:
+        ValueError: no prompt or an empty one, images that do not fit the prompts or the model.
+    """
+    rows = [np.asarray(prompt, np.int32) for prompt in prompts]
+    if not rows or any(row.ndim != 1 or not len(row) for row in rows):
+        raise ValueError("prompts are a sequence of sequences of token ids, none of them empty")
+    size, length = _rows(len(rows)), bucket(max(map(len, rows)))
+    ids, valid = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
+    history = np.full((size, length), -1, np.int32)
+    for n in range(size):
+        row = rows[min(n, len(rows) - 1)]  # rows beyond the last repeat it and are dropped
+        ids[n, -len(row) :], valid[n, -len(row) :], history[n, -len(row) :] = row, True, row
+    pixels = _images(config, images, len(rows), size)
+    mesh = jax.sharding.get_mesh()
+    place = None if mesh.empty else batch_sharding(mesh)
+    ids, pixels, valid, history = jax.device_put((ids, pixels, valid, history), place)
+    room = length + bucket(decoding.max_new_tokens)
+    logits, cache = _prefill(params, ids, pixels, valid, config=config, room=room)
+    key = jax.random.key(seed) if decoding.temperature > 0 else None
+    history = history if decoding.repetition_penalty != 1.0 else None
+    result = _continue(params, logits, cache, key, history, config=config, decoding=decoding)
+    return jax.tree.map(lambda a: np.asarray(a)[: len(rows)], result)
+
+
+def _rows(count: int) -> int:
+    """Rows of the program for so many prompts: a power of two that the mesh divides."""
+    mesh = jax.sharding.get_mesh()
+    pieces = 1 if mesh.empty else axis_size(mesh, "batch")
+    return -(-(1 << max(count - 1, 0).bit_length()) // pieces) * pieces
+
+
+def _images(config: ModelConfig, images: Any, count: int, size: int) -> np.ndarray | None:
+    """Images as the model's prefill takes them, filled up to `size` rows."""
+    if isinstance(config, LanguageModelConfig):
+        if images is not None:
+            raise ValueError("a language model takes no images")
+        return None
+    if not isinstance(config, InternVLConfig | ChatConfig):
+        raise ValueError(f"a {type(config).__name__.removesuffix('Config')} does not generate")
+    if isinstance(config, InternVLConfig) and not config.num_queries:
+        raise ValueError("an InternVL-C does not generate; it has no middleware")
+    if images is None or len(images) != count:
+        found = "none" if images is None else len(images)
+        raise ValueError(f"each of the {count} prompts needs its images; there are {found}")
+    groups = [np.asarray(group) for group in images]
+    if isinstance(config, ChatConfig):
+        groups = [group[None] if group.ndim == 3 else group for group in groups]
+        # Unused features are never placed, so blank images may fill up the rows.
+        most = max(len(group) for group in groups)
+        groups = [
+            np.concatenate([g, np.zeros((most - len(g), *g.shape[1:]), g.dtype)]) for g in groups
+        ]
+    stacked = np.stack(groups)
+    return np.concatenate([stacked, np.repeat(stacked[-1:], size - count, axis=0)])
