@@ -51,8 +51,9 @@ setup(
     install_requires=CORE,
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
+        "plan": ["libtpu>=0.0.42"],  # the TPU compiler alone, for machines without a TPU
         "cuda": ["jax[cuda13]>=0.10"],
-        "torch": ["torch>=2.6"],  # only to read and write pickled PyTorch checkpoints
+        "torch": ["torch>=2.6", "transformers>=5"],  # independent references of the slow tests
         "data": DATA,
         "eval": EVAL,
         "demo": DEMO,

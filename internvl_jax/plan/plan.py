@@ -1,0 +1,225 @@
+"""The plan of an experiment on a topology: compile its train step, measure, report.
+
+Every figure says where it comes from: "compiler" (read from the compiled program or its errors),
+"count" (of parameters, or of products in the traced step) or "estimate" (the compiler's cycle
+counts run through the model of `schedule`, checked against published runs only as far as
+docs/scale.md says).
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from internvl_jax.plan import chips, experiment, schedule, topology
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One answer; `None` is what cannot be said of a program that does not fit."""
+
+    fits: bool
+    topology: str
+    chips: int
+    params_trained: int
+    params_frozen: int
+    hbm_gib: float  # per chip, like all sizes and bytes below
+    model_tflops: float  # of one step, all chips together
+    batch_size: int
+    samples: int
+    argument_gib: float | None = None
+    temp_gib: float | None = None
+    peak_gib: float | None = None
+    needed_gib: float | None = None
+    needed_source: str = ""
+    collective_gb: float | None = None
+    exposed_gb: float | None = None
+    collectives: dict[str, tuple[float, float]] | None = None  # kind → GB, exposed GB
+    estimated_step_s: float | None = None
+    estimated_mfu: float | None = None
+    untimed_kernels: int = 0
+    compile_s: float | None = None
+    advice: str = ""
+
+    @property
+    def days(self) -> float | None:
+        """Time for the recipe's sample count at the estimated speed, without any interruption."""
+        if self.estimated_step_s is None:
+            return None
+        return self.samples / self.batch_size * self.estimated_step_s / 86_400
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them; what is not known of this plan is left out."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if v is not None and v != ""}
+        if self.days is not None:
+            fields["estimated_days"] = self.days
+        return fields
+
+    def __str__(self) -> str:
+        frozen = f", {self.params_frozen / 1e9:.2f} B frozen" if self.params_frozen else ""
+        lines = [
+            f"{self.topology}: {self.chips} chips, batch {self.batch_size:,}",
+            f"parameters  {self.params_trained / 1e9:.2f} B trained{frozen} (count)",
+            f"model work  {self.model_tflops:,.0f} TFLOP per step over all chips (count)",
+        ]
+        if not self.fits:
+            lines += [
+                f"memory      DOES NOT FIT: needs {self.needed_gib:.2f} GiB per chip of "
+                f"{self.hbm_gib:.2f} ({self.needed_source})",
+                f"advice      {self.advice}",
+            ]
+            return "\n".join(lines)
+        room = 100 * (1 - self.peak_gib / self.hbm_gib)
+        lines.append(
+            f"memory      {self.peak_gib:.2f} GiB of {self.hbm_gib:.2f} per chip: arguments "
+            f"{self.argument_gib:.2f}, temporaries {self.temp_gib:.2f}; {room:.0f} % to spare "
+            "(compiler)"
+        )
+        lines.append(
+            f"collectives {self.collective_gb:.1f} GB per chip and step (compiler), "
+            f"{self.exposed_gb:.1f} exposed (estimate)"
+        )
+        for kind, (sent, exposed) in self.collectives.items():
+            lines.append(f"            {kind} {sent:.1f}, exposed {exposed:.1f}")
+        lines.append(
+            f"time        {self.estimated_step_s:.2f} s per step, MFU "
+            f"{100 * self.estimated_mfu:.1f} %, {self.days:.1f} days for {self.samples:,} samples "
+            "(estimate from the compiler's cycles, not calibrated against hardware)"
+        )
+        if self.untimed_kernels:
+            lines.append(
+                f"            without the time of {self.untimed_kernels} Pallas kernel calls, "
+                "which the compiler does not estimate"
+            )
+        lines.append(f"compiled    in {self.compile_s:.0f} s")
+        return "\n".join(lines)
+
+
+def make(config: Any, name: str, dump: str | Path | None = None) -> Plan:
+    """Plan an experiment's train step on a topology such as "v5e:16x16".
+
+    dump: a file for the compiled program's text.
+
+    Raises:
+        TopologyError, LibtpuError: see `topology.opened`. MeshError: see `experiment.build`.
+    """
+    with topology.opened(name) as devices:
+        return _plan(config, name, devices, dump)
+
+
+def _plan(config: Any, name: str, devices: Sequence[Any], dump: str | Path | None) -> Plan:
+    chip, shape = chips.parse(name)
+    built = experiment.build(config, list(devices))
+    plan = Plan(
+        fits=False,
+        topology=name,
+        chips=len(devices) // chip.devices_per_chip,
+        params_trained=built.params_trained,
+        params_frozen=built.params_frozen,
+        hbm_gib=chip.hbm * chip.devices_per_chip / GIB,
+        model_tflops=built.model_flops / 1e12,
+        batch_size=built.batch_size,
+        samples=built.samples,
+    )
+    grain = chip.devices_per_chip / GIB  # bytes of a device → GiB of a chip
+    arguments = experiment.bytes_per_device(built.arguments)
+    if arguments > chip.hbm:
+        return dataclasses.replace(
+            plan,
+            needed_gib=arguments * grain,
+            needed_source="count of the arguments alone",
+            advice=_more_shards(built.mesh),
+        )
+    started = time.monotonic()
+    try:
+        with jax.set_mesh(built.mesh):
+            traced = built.step.trace(*built.arguments)
+            compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return dataclasses.replace(
+            plan,
+            argument_gib=arguments * grain,
+            needed_gib=needed_bytes(str(error), arguments) * grain,
+            needed_source="compiler",
+            compile_s=time.monotonic() - started,
+            advice=_advice(config, built.mesh),
+        )
+    seconds = time.monotonic() - started
+    text = compiled.as_text()
+    if dump is not None:
+        Path(dump).write_text(text, encoding="utf-8")
+    memory = compiled.memory_analysis()
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = (
+        memory.argument_size_in_bytes
+        + kept
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    places = [device.coords for device in built.mesh.devices.flat]
+    read = schedule.read(text, chip, places, shape)
+    per_chip = chip.devices_per_chip / 1e9
+    kinds = {
+        kind: (sent * per_chip, exposed * per_chip)
+        for kind, (sent, exposed) in read.bytes_by_kind().items()
+    }
+    return dataclasses.replace(
+        plan,
+        fits=peak <= chip.hbm,
+        argument_gib=memory.argument_size_in_bytes * grain,
+        temp_gib=memory.temp_size_in_bytes * grain,
+        peak_gib=peak * grain,
+        needed_gib=None if peak <= chip.hbm else peak * grain,
+        needed_source="" if peak <= chip.hbm else "compiler",
+        collective_gb=sum(sent for sent, _ in kinds.values()),
+        exposed_gb=sum(exposed for _, exposed in kinds.values()),
+        collectives=kinds,
+        estimated_step_s=read.seconds,
+        estimated_mfu=built.model_flops / (len(devices) * chip.peak * read.seconds),
+        untimed_kernels=read.kernels,
+        compile_s=seconds,
+        advice="" if peak <= chip.hbm else _advice(config, built.mesh),
+    )
+
+
+_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def needed_bytes(message: str, arguments: float) -> float:
+    """Bytes of HBM that a program would have needed, from the compiler's out-of-memory message.
+
+    arguments: bytes to add where the message speaks of temporaries alone.
+    """
+    used = re.search(r"Used ([\d.]+)([KMGT]?)B? of [\d.]+[KMGT]?B? hbm", message)
+    temporaries = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)", message)
+    found = used or temporaries
+    if not found:
+        raise ValueError(f"the compiler's out-of-memory message names no size: {message[:300]}")
+    size = float(found.group(1)) * _UNITS[found.group(2)]
+    return size if used else size + arguments
+
+
+def _more_shards(mesh: jax.sharding.Mesh) -> str:
+    shape = dict(mesh.shape)
+    return (
+        f"parameters and moments alone do not fit with the mesh {shape}: raise mesh.fsdp (and "
+        "lower mesh.replica), or take a larger topology"
+    )
+
+
+def _advice(config: Any, mesh: jax.sharding.Mesh) -> str:
+    ways = []
+    if config.model.get("remat") != "full":
+        ways.append("set model.remat=full")
+    if mesh.shape["replica"] > 1:
+        ways.append("raise mesh.fsdp and lower mesh.replica, if the model divides over it")
+    ways.append(f"lower batch_size (now {config.batch_size:,}), or take a larger topology")
+    return "; or ".join(ways)

@@ -1,0 +1,205 @@
+"""How long a compiled program runs and what its chips say to one another, read off its schedule.
+
+Two clocks run through the instructions in order: the core's, by the compiler's own cycle estimates,
+and that of the links between chips. A collective takes the links when it starts; the core waits for
+it where the schedule says that it must be done. That waiting is what is exposed. All times are
+estimates; the cycles hold no Pallas kernel's body.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+from internvl_jax.plan import hlo
+from internvl_jax.plan.chips import Chip
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+LATENCY = 1e-6  # seconds per collective: an order of magnitude, for the many small ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind and place: bytes sent per chip, link time, and what of it is exposed.
+
+    All three are totals of the step.
+    """
+
+    kind: str
+    bytes: float
+    seconds: float
+    exposed_seconds: float
+    where: str
+    count: float = 1
+
+    @property
+    def exposed_bytes(self) -> float:
+        """Bytes of the share of time in which the core waits."""
+        return self.bytes * min(1.0, self.exposed_seconds / self.seconds) if self.seconds else 0.0
+
+    def times(self, trips: int) -> "Collective":
+        """The same within a loop."""
+        return dataclasses.replace(
+            self,
+            bytes=self.bytes * trips,
+            seconds=self.seconds * trips,
+            exposed_seconds=self.exposed_seconds * trips,
+            count=self.count * trips,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """One run of a program or of a part of it, in seconds; kernels: Pallas calls not timed."""
+
+    seconds: float
+    compute_seconds: float
+    collectives: tuple[Collective, ...]
+    kernels: int
+
+    def bytes_by_kind(self) -> dict[str, tuple[float, float]]:
+        """kind → (bytes sent per chip, exposed bytes), the largest first."""
+        kinds: dict[str, list[float]] = {}
+        for c in self.collectives:
+            total = kinds.setdefault(c.kind, [0.0, 0.0])
+            total[0] += c.bytes
+            total[1] += c.exposed_bytes
+        return {k: (a, b) for k, (a, b) in sorted(kinds.items(), key=lambda item: -item[1][0])}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transfer:
+    kind: str
+    bytes: float
+    seconds: float
+    where: str
+
+
+def read(
+    text: str, chip: Chip, coordinates: Sequence[Sequence[int]], shape: Sequence[int]
+) -> Schedule:
+    """Schedule of a compiled program.
+
+    Args:
+        text: `Compiled.as_text()`.
+        chip: whose clock and links count.
+        coordinates: place in the torus of each partition, in the order of the mesh.
+        shape: of the slice, in chips.
+    """
+    return _Reader(hlo.parse(text), chip, coordinates, tuple(shape)).run(None)
+
+
+class _Reader:
+    def __init__(self, program, chip, coordinates, shape):
+        self.program, self.chip = program, chip
+        self.coordinates, self.shape = coordinates, shape
+
+    @functools.cache  # noqa: B019 - lives as long as one reading
+    def run(self, computation: str | None) -> Schedule:
+        body = self.program.computations.get(computation or self.program.entry, [])
+        transfers = {i: found for i, line in enumerate(body) if (found := self._transfer(line))}
+        starts, ends = self._windows(body, transfers)
+        now = links_free = compute = 0.0
+        finish: dict[int, float] = {}
+        done: list[Collective] = []
+        kernels = 0
+        for index, line in enumerate(body):
+            if index in starts:
+                finish[index] = max(now, links_free) + transfers[index].seconds
+                links_free = finish[index]
+            inner, trips = self._inner(line)
+            if inner is not None:
+                now += trips * inner.seconds
+                compute += trips * inner.compute_seconds
+                done += [c.times(trips) for c in inner.collectives]
+                kernels += trips * inner.kernels
+            else:
+                now += line.cycles / self.chip.clock
+                compute += line.cycles / self.chip.clock
+                kernels += 'custom_call_target="tpu_custom_call"' in line.attributes
+            for start in ends.get(index, ()):
+                wait = max(0.0, finish[start] - now)
+                now += wait
+                sent = transfers[start]
+                exposed = min(wait, sent.seconds)
+                done.append(Collective(sent.kind, sent.bytes, sent.seconds, exposed, sent.where))
+        return Schedule(now, compute, tuple(done), kernels)
+
+    def _inner(self, line: hlo.Instruction) -> tuple[Schedule | None, int]:
+        if line.opcode == "while":
+            return self.run(line.attribute("body")), self.program.trips(line)
+        if line.opcode == "call":
+            return self.run(line.attribute("to_apply")), 1
+        if line.opcode == "conditional":
+            names = [line.attribute("true_computation"), line.attribute("false_computation")]
+            listed = line.attributes.partition("branch_computations={")[2].partition("}")[0]
+            names += [word.strip().lstrip("%") for word in listed.split(",")]
+            return max((self.run(n) for n in names if n), key=lambda s: s.seconds), 1
+        return None, 1
+
+    def _windows(self, body, transfers) -> tuple[set[int], dict[int, list[int]]]:
+        """Where each transfer starts, and after which instruction it must be done."""
+        starts: dict[object, int] = {}
+        last: dict[object, int] = {}
+        for index, line in enumerate(body):
+            if index in transfers:
+                channel = self._channel(line)
+                key = channel if channel and line.opcode == "fusion" else index
+                starts.setdefault(key, index)
+                last[key] = index
+            elif line.opcode.endswith("-done") and line.operands:
+                opened = [i for i in starts.values() if body[i].name == line.operands[0]]
+                if opened:
+                    last[next(k for k, i in starts.items() if i == opened[0])] = index
+        ends: dict[int, list[int]] = {}
+        for key, start in starts.items():
+            ends.setdefault(last[key], []).append(start)
+        return set(starts.values()), ends
+
+    def _collective_in(self, line: hlo.Instruction) -> hlo.Instruction | None:
+        """The collective that an instruction is, or that the fusion it calls holds."""
+        if line.opcode.removesuffix("-start") in KINDS:
+            return line
+        if line.opcode in ("fusion", "async-start"):
+            for inner in self.program.computations.get(line.attribute("calls"), ()):
+                if inner.opcode in KINDS:
+                    return inner
+        return None
+
+    def _channel(self, line: hlo.Instruction) -> str | None:
+        found = self._collective_in(line)
+        return found.attribute("channel_id") if found else None
+
+    def _transfer(self, line: hlo.Instruction) -> _Transfer | None:
+        found = self._collective_in(line)
+        if found is None:
+            return None
+        kind = found.opcode.removesuffix("-start")
+        group = hlo.first_group(found.attributes)
+        devices = len(group) or len(self.coordinates)
+        share = (devices - 1) / devices
+        size = hlo.bytes_of(found.shape, largest=found.opcode.endswith("-start"))
+        if kind == "all-reduce":
+            # TPU writes a reduce-scatter as a fusion of an all-reduce and a slice.
+            scattered = line.opcode == "fusion" and hlo.bytes_of(line.shape) < size / 2
+            kind = "reduce-scatter" if scattered else kind
+            sent = size * share * (1 if scattered else 2)
+        elif kind == "reduce-scatter":
+            sent = size * devices * share
+        elif kind == "collective-permute":
+            sent = size
+        else:
+            sent = size * share
+        links = 1 if kind == "collective-permute" else self._links(group)
+        seconds = sent / (links * self.chip.link_bandwidth) + LATENCY
+        place = found.attributes.partition('op_name="')[2].partition('"')[0]
+        return _Transfer(kind, sent, seconds, place)
+
+    def _links(self, group: list[int]) -> int:
+        """Links over which a chip of the group receives at once: two per closed torus axis."""
+        places = [self.coordinates[i] for i in group] or list(self.coordinates)
+        links = 0
+        for axis, length in enumerate(self.shape):
+            extent = len({place[axis] for place in places})
+            closed = extent == length and length % self.chip.wrap == 0
+            links += (2 if closed else 1) if extent > 1 else 0
+        return max(links, 1)
