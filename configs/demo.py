@@ -39,6 +39,7 @@ def contrastive(config: ConfigDict) -> None:
     config.model.num_queries = 0
     config.init_from = (dict(path="runs/demo/language"),)
     config.data.languages = ("en",)
+    config.data.text_length = 16  # "summarize:" and the longest caption
     config.batch_size = 128
     config.steps = 200
     config.optimizer.learning_rate = ((r".*", 1e-3),)
@@ -49,7 +50,7 @@ def multilingual(config: ConfigDict) -> None:
     contrastive(config)
     config.data.languages = ("en", "zh", "ko", "es")
     config.init_from = (dict(path="runs/demo/contrastive"),)
-    config.steps = 240
+    config.steps = 360
 
 
 def generative(config: ConfigDict) -> None:
@@ -60,7 +61,7 @@ def generative(config: ConfigDict) -> None:
     # The language head is not part of stage 1, so it comes from stage 0.
     config.init_from = (dict(path="runs/demo/multilingual"), dict(path="runs/demo/language"))
     config.batch_size = 64
-    config.steps = 140
+    config.steps = 180
     config.optimizer.learning_rate = ((r".*", 1e-3),)
 
 
@@ -70,7 +71,7 @@ def retrieval(config: ConfigDict) -> None:
     config.init_from = (dict(path="runs/demo/generative"),)
     config.trainable = r"pool/.*|pool2/.*|text_projection|match_head/.*|logit_scale"
     config.batch_size = 128
-    config.steps = 60
+    config.steps = 90
     config.optimizer.learning_rate = ((r".*", 1e-3),)
 
 
