@@ -79,7 +79,7 @@ def test_convert_to_official_weights_and_back(trained, tmp_path, capsys):
 
     with pytest.raises(SystemExit) as caught:
         cli.main(["convert", exported, back, "--layout=jax"])
-    assert caught.value.code == 1 and "exists already" in capsys.readouterr().err
+    assert caught.value.code == 1 and "already exists" in capsys.readouterr().err
 
 
 def test_evaluate_writes_what_it_prints(trained, tmp_path, capsys):
