@@ -7,6 +7,8 @@ READY := $(VENV)/.installed
 READY_TORCH := $(VENV)/.installed-torch
 INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile \
 	--disable-pip-version-check --constraint=constraints.txt
+# A worker per core; the tests of a file share what they train, so they stay together.
+PYTEST = $(VENV)/bin/python -m pytest -q --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 .PHONY: help demo test test-all lint clean
 .DEFAULT_GOAL := help
@@ -24,10 +26,10 @@ demo: $(READY)
 	$(VENV)/bin/internvl-jax demo --workdir=runs/demo
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -q
+	$(PYTEST)
 
 test-all: $(READY_TORCH)
-	$(VENV)/bin/python -m pytest -q -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

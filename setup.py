@@ -32,6 +32,7 @@ EVAL = ["pycocoevalcap>=1.2", "scikit-learn>=1.5"]  # CIDEr; linear probes
 DEMO = [*EVAL, "jinja2>=3.1"]  # scikit-learn also ships the handwritten digits; the report
 DEV = [
     "pytest>=8",
+    "pytest-xdist>=3.6",  # the tests on all cores
     "ruff>=0.8",
     "setuptools>=77",  # builds the wheel that tests/packaging_test.py inspects
 ]
