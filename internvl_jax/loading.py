@@ -276,6 +276,8 @@ def load(source: str | os.PathLike, dtype: Any = None, mesh: Mesh | None = None)
             check_divisible(config, mesh)
             shardings = flatten(models.shardings(config, mesh))
         params, _ = pretrained.read_params(path, shardings, dtype)
+        if source == "demo-chat":  # stage 3 leaves the tower as it is, so it ships once
+            params["vit"] = load("demo", dtype, mesh).params["vit"]
     tokenizer = _tokenizer_beside(path, config)
     recorded = experiment.get("data", {}).get("tokenizer")
     if recorded is not None and not (path / "tokenizer.model").is_file():

@@ -3,16 +3,19 @@
     python scripts/make_demo_asset.py --workdir=runs/demo
 
 Writes internvl_jax/assets/demo/internvl (InternVL-G in the official InternVL-14B layout) and, if
-both fit, internvl_jax/assets/demo/chat (the chat model as training saves it). Parameters are
-float32 where that stays within the limit, else bfloat16.
+both fit, internvl_jax/assets/demo/chat (the chat model as training saves it, without the vision
+tower, which is that of InternVL-G). Parameters are float32 where that stays within the limit, else
+bfloat16.
 """
 
 import argparse
+import itertools
 import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from internvl_jax import convert, loading
 from internvl_jax.demo import job
@@ -20,52 +23,51 @@ from internvl_jax.models import ChatConfig, InternVLConfig, from_dict
 from internvl_jax.train import pretrained
 
 ASSETS = Path(loading.__file__).parent / "assets" / "demo"
-_OVERHEAD = 1.02  # headers, config.json, the checkpoint's own records
 
 
 def make(workdir: Path, target: Path, limit_mb: float = 10.0) -> str:
     """Write the checkpoints below `target`, replacing what is there; returns what was written.
 
-    Raises ValueError if not even InternVL-G fits into the limit.
+    Raises ValueError if not even InternVL-G fits into the limit, or the vision towers differ.
     """
     internvl, chat = (_last(workdir, kind) for kind in (InternVLConfig, ChatConfig))
-    choices = [(both, dtype) for both in (True, False) for dtype in ("float32", "bfloat16")]
-    for both, dtype in choices:
-        models = [internvl, chat] if both else [internvl]
-        megabytes = _OVERHEAD * sum(_bytes(model, dtype) for model in models) / 1e6
-        if megabytes <= limit_mb:
+    same = jax.tree.map(np.array_equal, internvl.params["vit"], chat.params.pop("vit"))
+    if not all(jax.tree.leaves(same)):
+        raise ValueError("the chat model has another vision tower; its stages must freeze it")
+    for both, dtype in itertools.product((True, False), ("float32", "bfloat16")):
+        if target.exists():
+            shutil.rmtree(target)
+        target.mkdir(parents=True)
+        _write(target, internvl, chat if both else None, jnp.dtype(dtype))
+        written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e6
+        if written <= limit_mb:
             break
     else:
         raise ValueError(
-            f"InternVL-G takes {megabytes:.1f} MB in {dtype}, more than {limit_mb} MB; "
+            f"InternVL-G takes {written:.1f} MB in {dtype}, more than {limit_mb} MB; "
             "train a smaller one"
         )
-    if target.exists():
-        shutil.rmtree(target)
-    target.mkdir(parents=True)
-    convert.export(internvl.params, internvl.config, target / "internvl", dtype=jnp.dtype(dtype))
-    if both:
-        params = jax.tree.map(lambda x: x.astype(dtype), chat.params)
-        # Where it was trained from is nobody's business but this machine's.
-        experiment = {**chat.experiment, "init_from": []}
-        pretrained.save_params(target / "chat", params, config=experiment)
-        # Orbax writes the path into these markers; what counts is that they are there.
-        for marker in target.rglob("commit_success.txt"):
-            marker.write_text("complete\n")
-    written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e6
-    if written > limit_mb:
-        raise ValueError(f"{target} takes {written:.1f} MB, more than {limit_mb} MB")
     names = "InternVL-G and the chat model" if both else "InternVL-G (no room for the chat model)"
     return f"{names} in {dtype}: {written:.1f} MB in {target}"
+
+
+def _write(
+    target: Path, internvl: loading.Model, chat: loading.Model | None, dtype: jnp.dtype
+) -> None:
+    convert.export(internvl.params, internvl.config, target / "internvl", dtype=dtype)
+    if chat is None:
+        return
+    params = jax.tree.map(lambda x: x.astype(dtype), chat.params)
+    # Where it was trained from is nobody's business but this machine's.
+    pretrained.save_params(target / "chat", params, config={**chat.experiment, "init_from": []})
+    # Orbax writes the path into these markers; what counts is that they are there.
+    for marker in target.rglob("commit_success.txt"):
+        marker.write_text("complete\n")
 
 
 def _last(workdir: Path, kind: type) -> loading.Model:
     stages = [s for s, c in job.shipped_configs().items() if isinstance(from_dict(c.model), kind)]
     return loading.load(workdir / stages[-1])
-
-
-def _bytes(model: loading.Model, dtype: str) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(model.params)) * jnp.dtype(dtype).itemsize
 
 
 if __name__ == "__main__":
