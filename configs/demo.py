@@ -49,7 +49,7 @@ def multilingual(config: ConfigDict) -> None:
     config.data.languages = ("en", "zh", "ko", "es")
     config.data.text_length = 17  # the longest caption, a Chinese one
     config.init_from = (dict(path="runs/demo/contrastive"),)
-    config.steps = 360
+    config.steps = 480
 
 
 def generative(config: ConfigDict) -> None:
@@ -61,7 +61,7 @@ def generative(config: ConfigDict) -> None:
     config.init_from = (dict(path="runs/demo/multilingual"), dict(path="runs/demo/language"))
     config.trainable = r"(?!vit/).*"
     config.batch_size = 64
-    config.steps = 600
+    config.steps = 540
     config.optimizer.learning_rate = ((r".*", 1e-3),)
 
 
@@ -84,7 +84,7 @@ def sft(config: ConfigDict) -> None:
     config.init_from = (dict(path="runs/demo/projector"),)
     config.trainable = r"projector/.*|llm/.*"
     config.data.template = "brief"
-    config.steps = 640
+    config.steps = 560
     config.optimizer.warmup_steps = 20
     config.optimizer.learning_rate = ((r".*", 1e-3),)
 

@@ -2,10 +2,9 @@
 
     python scripts/make_demo_asset.py --workdir=runs/demo
 
-Writes internvl_jax/assets/demo/internvl (InternVL-G in the official InternVL-14B layout) and, if
-both fit, internvl_jax/assets/demo/chat (the chat model as training saves it, without the vision
-tower, which is that of InternVL-G). Parameters are float32 where that stays within the limit, else
-bfloat16.
+Writes, as training saves them, internvl_jax/assets/demo/internvl (InternVL-G) and, if both fit,
+internvl_jax/assets/demo/chat (the chat model without its vision tower, which is InternVL-G's).
+Parameters are float32 where that stays within the limit, else bfloat16.
 """
 
 import argparse
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internvl_jax import convert, loading
+from internvl_jax import loading
 from internvl_jax.demo import job
 from internvl_jax.models import ChatConfig, InternVLConfig, from_dict
 from internvl_jax.train import pretrained
@@ -38,7 +37,9 @@ def make(workdir: Path, target: Path, limit_mb: float = 10.0) -> str:
         if target.exists():
             shutil.rmtree(target)
         target.mkdir(parents=True)
-        _write(target, internvl, chat if both else None, jnp.dtype(dtype))
+        _write(target / "internvl", internvl, jnp.dtype(dtype))
+        if both:
+            _write(target / "chat", chat, jnp.dtype(dtype))
         written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e6
         if written <= limit_mb:
             break
@@ -51,17 +52,12 @@ def make(workdir: Path, target: Path, limit_mb: float = 10.0) -> str:
     return f"{names} in {dtype}: {written:.1f} MB in {target}"
 
 
-def _write(
-    target: Path, internvl: loading.Model, chat: loading.Model | None, dtype: jnp.dtype
-) -> None:
-    convert.export(internvl.params, internvl.config, target / "internvl", dtype=dtype)
-    if chat is None:
-        return
-    params = jax.tree.map(lambda x: x.astype(dtype), chat.params)
+def _write(directory: Path, model: loading.Model, dtype: jnp.dtype) -> None:
+    params = jax.tree.map(lambda x: x.astype(dtype), model.params)
     # Where it was trained from is nobody's business but this machine's.
-    pretrained.save_params(target / "chat", params, config={**chat.experiment, "init_from": []})
+    pretrained.save_params(directory, params, config={**model.experiment, "init_from": []})
     # Orbax writes the path into these markers; what counts is that they are there.
-    for marker in target.rglob("commit_success.txt"):
+    for marker in directory.rglob("commit_success.txt"):
         marker.write_text("complete\n")
 
 

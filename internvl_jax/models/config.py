@@ -329,7 +329,7 @@ LLAMAS = {
 INTERNVLS = {
     "tiny": InternVLConfig(VITS["tiny"], LLAMAS["tiny"], embed_dim=24, pool_heads=2, num_queries=4),
     "demo": InternVLConfig(
-        VITS["demo"], LLAMAS["demo"], embed_dim=128, pool_heads=4, num_queries=8
+        VITS["demo"], LLAMAS["demo"], embed_dim=128, pool_heads=4, num_queries=8, cross_every=1
     ),
     "14b": InternVLConfig(
         VITS["6b"], LLAMAS["chinese_7b"], embed_dim=768, pool_heads=16, num_queries=96
