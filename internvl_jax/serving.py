@@ -15,7 +15,7 @@ import numpy as np
 from internvl_jax import generate
 from internvl_jax.decoding import Decoding, Generated
 from internvl_jax.models import ChatConfig, InternVLConfig, LanguageModelConfig, ModelConfig, bind
-from internvl_jax.sharding import axis_size, batch_sharding, replicate
+from internvl_jax.sharding import axis_size, place_batch, replicate
 
 SHORTEST = 16  # tokens of the smallest prompt bucket
 
@@ -81,9 +81,7 @@ def continue_prompts(
         row = rows[min(n, len(rows) - 1)]  # rows beyond the last repeat it and are dropped
         ids[n, -len(row) :], valid[n, -len(row) :], history[n, -len(row) :] = row, True, row
     pixels = _images(config, images, len(rows), size)
-    mesh = jax.sharding.get_mesh()
-    place = None if mesh.empty else batch_sharding(mesh)
-    ids, pixels, valid, history = jax.device_put((ids, pixels, valid, history), place)
+    ids, pixels, valid, history = place_batch((ids, pixels, valid, history))
     room = length + bucket(decoding.max_new_tokens)
     logits, cache = _prefill(params, ids, pixels, valid, config=config, room=room)
     key = jax.random.key(seed) if decoding.temperature > 0 else None

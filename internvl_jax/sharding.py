@@ -107,6 +107,30 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(LOGICAL_AXES["batch"]))
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch that this process's devices hold, ascending.
+
+    Where the tensor axis, or the order of a TPU's devices, runs across processes, two of them hold
+    the same rows or one holds rows that are not neighbours.
+    """
+    where = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return sorted({row for (part,) in where.values() for row in range(batch_size)[part]})
+
+
+def place_batch(arrays: Any) -> Any:
+    """Host arrays over the current mesh, the leading axis as `batch_sharding` has it.
+
+    Every process passes the whole arrays; outside any mesh they go to the first device.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.device_put(arrays)
+    place = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index]), arrays
+    )
+
+
 def ambient_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     """Context in which `mesh` is the current mesh, or which changes nothing for None."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

@@ -2,8 +2,8 @@
 
 A pipeline is one chain of Grain map datasets up to and including the batch, so batch number
 `step` can be computed at any time, by any number of processes: resuming means starting to count
-at the saved step, and no state besides the step is kept. Each process reads its contiguous part
-of the global batch.
+at the saved step, and no state besides the step is kept. Each process makes only the rows of the
+global batch that its devices need.
 
 Every text field is int32, right-padded with 0 to `text_length`.
 """
@@ -28,7 +28,7 @@ _PREFETCH = 4  # batches prepared ahead of the training step
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Batches of one process.
+    """Batches, or those rows of them that one process needs.
 
     dataset: batch number -> dict of arrays, endless; fingerprint: sha256 of everything that
     decides the batches, to be stored with a checkpoint; records: size of all sources together.
@@ -64,8 +64,7 @@ def build(
     template: str = "vicuna_v1",
     rounds: int = 1,
     num_image_tokens: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Pipeline:
     """Builds the pipeline of a training task.
 
@@ -76,6 +75,7 @@ def build(
     languages: each example draws one of them.
     augment: one of AUGMENTATIONS. template, rounds, num_image_tokens: for "instruct", the chat
         template, questions per example, and tokens that stand for an image.
+    rows: those of every batch to make, in this order; None for all.
 
     Raises ValueError on unknown names, an empty source, and a batch larger than the data.
     """
@@ -91,8 +91,6 @@ def build(
             f"text_length {text_length} leaves no room for a conversation beside "
             f"{num_image_tokens} image tokens"
         )
-    if batch_size % process_count:
-        raise ValueError(f"batch_size {batch_size} does not divide by {process_count} processes")
     opened = _open(sources, image_size, batch_size)
     settings = dict(
         task=task,
@@ -126,12 +124,28 @@ def build(
     ]
     mixed = grain.MapDataset.mix(parts, [weight for _, weight in opened])
     examples = mixed.random_map(getattr(maker, task), seed=_seed(seed, "examples", 0))
-    # Local batches of all processes in turn make up the global one.
-    dataset = examples.batch(batch_size // process_count)[process_index::process_count]
+    if rows is not None:
+        examples = _Rows(examples, batch_size, tuple(rows))
+    dataset = examples.batch(batch_size if rows is None else len(rows))
     identities = [(source.identity, weight) for source, weight in opened]
     content = [_VERSION, settings, identities, tokenizer.digest]
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return Pipeline(dataset, fingerprint, sum(len(source) for source, _ in opened))
+
+
+class _Rows(grain.MapDataset):
+    """Of every `batch_size` examples in turn, those at the places `rows`."""
+
+    def __init__(self, examples: grain.MapDataset, batch_size: int, rows: tuple[int, ...]):
+        super().__init__(examples)
+        self._examples, self._batch_size, self._rows = examples, batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._examples) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int):
+        batch, place = divmod(index, len(self._rows))
+        return self._examples[batch * self._batch_size + self._rows[place]]
 
 
 def _choose(what, value, names):

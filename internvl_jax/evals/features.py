@@ -14,7 +14,7 @@ import numpy as np
 
 from internvl_jax.models import init
 from internvl_jax.models.config import InternVLConfig
-from internvl_jax.sharding import axis_size, batch_sharding, replicate
+from internvl_jax.sharding import axis_size, place_batch, replicate
 
 Params = dict[str, Any]
 _COLUMNS = 32  # texts are cut to a multiple of this: few lengths, hence few compilations
@@ -37,8 +37,7 @@ def in_batches(
         The pytree of the results, numpy arrays [N, ...].
     """
     mesh = jax.sharding.get_mesh()
-    placement = None if mesh.empty else batch_sharding(mesh)
-    if placement is not None:
+    if not mesh.empty:
         pieces = axis_size(mesh, "batch")
         batch_size = -(-batch_size // pieces) * pieces
     total = len(arrays[0])
@@ -49,7 +48,7 @@ def in_batches(
         batch = [array[start : start + batch_size] for array in arrays]
         count = len(batch[0])
         batch = [np.concatenate([a, np.repeat(a[:1], batch_size - count, 0)]) for a in batch]
-        output = function(*jax.device_put(batch, placement))
+        output = function(*place_batch(batch))
         # The device works on this batch while the host fetches the one before.
         if running is not None:
             results.append(_fetch(*running))

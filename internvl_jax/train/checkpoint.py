@@ -23,6 +23,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from internvl_jax import rules
+from internvl_jax.train import processes
 from internvl_jax.train.digest import digests
 from internvl_jax.train.state import TrainState
 
@@ -112,11 +113,13 @@ def read_arrays(step_directory: str | Path, item: str, abstract: dict, meta: dic
         )
     if not wanted:
         return abstract
-    try:
-        tree = _restore(directory / item, abstract)
-    except Exception as error:
-        leaf = _first_unreadable(directory / item, abstract)
-        raise CheckpointCorrupt(f"{directory}: cannot read {item}{leaf}: {_line(error)}") from error
+    with processes.together(CheckpointCorrupt):
+        try:
+            tree = _restore(directory / item, abstract)
+        except Exception as error:
+            leaf = _first_unreadable(directory / item, abstract)
+            what = f"{directory}: cannot read {item}{leaf}: {_line(error)}"
+            raise CheckpointCorrupt(what) from error
     bad = [p for p, x in digests({item: tree}).items() if x != stored[p]["digest"]]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -131,7 +134,8 @@ def _restore(directory: Path, abstract: dict) -> dict:
         partial_restore=True,
     )
     mute_orbax()
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    # Not through a Checkpointer, in which a process that can read waits for one that cannot.
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(directory, args=args)
 
 
@@ -200,13 +204,16 @@ class Checkpoints:
     """The checkpoints of one work directory; one writer at a time (see `workdir.lock`)."""
 
     def __init__(self, directory: str | Path, *, keep: int = 3):
-        """Open or create the directory and remove what an interrupted save left there."""
+        """Open or create the directory and remove what an interrupted save left there.
+
+        Of several processes all do this and everything below together, except `close`.
+        """
         self.directory = Path(directory).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
         mute_orbax()
         self._keep = keep
         self._saving: int | None = None
-        self.removed = self._remove_unfinished()
+        self.removed = processes.first(self._remove_unfinished())
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -234,34 +241,47 @@ class Checkpoints:
         """
         step = int(state.step)
         self.wait()
-        if step in self.steps():
+        if processes.first(step in self.steps()):
             return step
         items = _items(state)
         args = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         args["meta"] = ocp.args.JsonSave(make_meta(items, step=step, **meta))
         self._saving = step
+        error = None
         try:
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
-        except Exception as error:
-            self._failed(error)
+        except Exception as caught:
+            error = caught
+        self._check(error)
         return step
 
     def poll(self) -> None:
-        """Raise CheckpointError if the save in progress has failed; never waits."""
-        if self._saving is not None and not self._manager.is_saving_in_progress():
+        """Raise CheckpointError if the save in progress has failed; never waits.
+
+        Several processes notice at different times; they leave it to the next `wait`.
+        """
+        busy = self._saving is None or self._manager.is_saving_in_progress()
+        if jax.process_count() == 1 and not busy:
             self.wait()
 
     def wait(self) -> None:
         """Wait until the last save is committed. Raises CheckpointError if it failed."""
         if self._saving is None:
             return
+        error = None
         try:
             self._manager.wait_until_finished()
-        except Exception as error:
-            self._failed(error)
+        except Exception as caught:
+            error = caught
+        self._check(error)
         self._saving = None
 
-    def _failed(self, error: BaseException) -> None:
+    def _check(self, error: BaseException | None) -> None:
+        """Raise CheckpointError if saving has failed here or on another process."""
+        texts = processes.gather(None if error is None else _line(error))
+        reason = next((text for text in texts if text is not None), None)
+        if reason is None:
+            return
         step, self._saving = self._saving, None
         with contextlib.suppress(Exception):
             self._manager.close()
@@ -271,7 +291,7 @@ class Checkpoints:
         steps = ", ".join(map(str, self.steps())) or "none"
         raise CheckpointError(
             f"saving step {step} failed ({free:,.0f} MiB free in {self.directory}): "
-            f"{_line(error)}; steps on disk: {steps}"
+            f"{reason}; steps on disk: {steps}"
         ) from error
 
     def restore(
@@ -286,10 +306,11 @@ class Checkpoints:
         one are moved to `<directory>/../damaged`, so that their numbers are free again.
         """
         damaged = []
-        for step in reversed(self.steps()):
+        for step in reversed(processes.first(self.steps())):
             directory = self.directory / str(step)
             try:
-                meta = read_meta(directory)
+                with processes.together(CheckpointCorrupt):
+                    meta = read_meta(directory)
                 items = {
                     name: read_arrays(directory, name, tree, meta)
                     for name, tree in _items(abstract).items()
@@ -298,11 +319,7 @@ class Checkpoints:
                 if strict:
                     raise
                 damaged.append(step)
-                print(
-                    f"warning: step {step} is damaged, trying the one before: {error}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                processes.say(f"warning: step {step} is damaged, trying the one before: {error}")
                 continue
             self._set_aside(damaged)
             return _from_items(abstract, items), meta
@@ -314,23 +331,26 @@ class Checkpoints:
         return None
 
     def _set_aside(self, steps: list[int]) -> None:
-        if not steps or jax.process_index() != 0:
+        if not steps:
             return
         aside = self.directory.parent / "damaged"
         aside.mkdir(exist_ok=True)
-        for step in steps:
+        for step in steps if jax.process_index() == 0 else ():
             target = aside / str(step)
             for number in range(1, 1000):
                 if not target.exists():
                     break
                 target = aside / f"{step}-{number}"
             (self.directory / str(step)).rename(target)
+        processes.first(None)  # the others see it, too
         self._manager.reload()
 
     def close(self) -> None:
-        """Finish the save in progress and release the writer."""
-        self.wait()
-        self._manager.close()
+        """Finish the save in progress and release the writer, also on a process that has failed."""
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise CheckpointError(f"saving step {self._saving} failed: {_line(error)}") from error
 
 
 def _items(state: TrainState) -> dict[str, dict]:

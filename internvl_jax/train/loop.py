@@ -8,7 +8,6 @@ import contextlib
 import functools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from internvl_jax.train import (
     optimizer,
     preemption,
     pretrained,
+    processes,
     workdir,
 )
 from internvl_jax.train import state as states
@@ -54,57 +54,69 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
 
     config: a ConfigDict as `configs/common.py` defines it. directory: the work directory.
 
+    Of several processes (`processes.joined`) each calls this with the same config and directory.
+
     Raises before anything compiles: MeshError, ModelConfigError, RuleError, WorkdirError (not
-    writable, in use, or of another experiment), CheckpointError. Later: NonFiniteError; SystemExit
-    143 or 130 after SIGTERM or Ctrl-C, with the current step saved.
+    writable, in use, or of another experiment), CheckpointError, ProcessError (processes that
+    differ). Later: NonFiniteError; SystemExit 143 or 130 after SIGTERM or Ctrl-C on any process,
+    with the current step saved.
     """
     settings = json.loads(json.dumps(config.to_dict()))
     enable_compile_cache()
 
-    # --- the mesh and the model's shapes ---------------------------------------------------------
-    mesh = sharding.make_mesh(**config.mesh)
-    model_config = models.from_dict(config.model)
-    sharding.check_divisible(model_config, mesh, config.batch_size, config.chunks)
-    evaluators = _evaluators(config)
-
     with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(mesh))
-        path = stack.enter_context(workdir.opened(directory))
         watch = stack.enter_context(preemption.Watch())
+        if jax.process_count() > 1:
+            processes.check_same({"config": settings, "code": processes.code_version()})
 
-        # --- data, and whether the model knows all of its tokens ---------------------------------
-        shapes = states.on_mesh(init.abstract(model_config), mesh)
-        pipeline = _pipeline(config, model_config, shapes)
+        # What cannot work is refused here, by all processes if by one, before anything compiles.
+        with processes.together():
+            # --- the mesh and the model's shapes -------------------------------------------------
+            mesh = sharding.make_mesh(**config.mesh)
+            model_config = models.from_dict(config.model)
+            sharding.check_divisible(model_config, mesh, config.batch_size, config.chunks)
+            evaluators = _evaluators(config)
+            stack.enter_context(jax.set_mesh(mesh))
+            path = stack.enter_context(workdir.opened(directory))
 
-        # --- optimizer and the shapes of the whole state -----------------------------------------
-        learned, _ = rules.partition(shapes, config.trainable)
-        tx, learning_rate = optimizer.make_optimizer(
-            config.optimizer,
-            learned,
-            steps=config.steps,
-            all_params=shapes,
-            cross_every=_cross_every(model_config),
-        )
-        make_state = functools.partial(states.create, trainable=config.trainable, tx=tx)
-        abstract = states.on_mesh(jax.eval_shape(make_state, shapes), mesh)
+            # --- data, and whether the model knows all of its tokens -----------------------------
+            shapes = states.on_mesh(init.abstract(model_config), mesh)
+            pipeline = _pipeline(config, model_config, shapes, mesh)
+
+            # --- optimizer and the shapes of the whole state -------------------------------------
+            learned, _ = rules.partition(shapes, config.trainable)
+            tx, learning_rate = optimizer.make_optimizer(
+                config.optimizer,
+                learned,
+                steps=config.steps,
+                all_params=shapes,
+                cross_every=_cross_every(model_config),
+            )
+            make_state = functools.partial(states.create, trainable=config.trainable, tx=tx)
+            abstract = states.on_mesh(jax.eval_shape(make_state, shapes), mesh)
+        processes.check_same({"data": pipeline.fingerprint})
+        processes.check_shared(path)
 
         # --- own work directory, else init_from, else scratch ------------------------------------
         checkpoints = checkpoint.Checkpoints(path / "checkpoints", keep=config.checkpoint.keep)
         stack.callback(checkpoints.close)
         for name in checkpoints.removed:
-            _say(f"removed {name}, which an interrupted save left behind")
-        workdir.claim(path, settings, pipeline.fingerprint, resuming=bool(checkpoints.steps()))
+            processes.say(f"removed {name}, which an interrupted save left behind")
+        with processes.together(workdir.WorkdirError):
+            if jax.process_index() == 0:
+                resuming = bool(checkpoints.steps())
+                workdir.claim(path, settings, pipeline.fingerprint, resuming=resuming)
         restored = checkpoints.restore(abstract)
         if restored is not None:
             state = restored[0]
-            _say(f"continuing {path} at step {int(state.step)}")
+            processes.say(f"continuing {path} at step {int(state.step)}")
         else:
             params = _initial_params(config, model_config, shapes)
             state = jax.jit(make_state)(params)
             del params
         for group in optimizer.describe_groups(state.trainable, config.optimizer.learning_rate):
-            _say(f"learning rate {group}")
-        _say(f"frozen: {sum(x.size for x in jax.tree.leaves(state.frozen)):,} parameters")
+            processes.say(f"learning rate {group}")
+        processes.say(f"frozen: {sum(x.size for x in jax.tree.leaves(state.frozen)):,} parameters")
 
         # --- the step, evaluations, writers ------------------------------------------------------
         objective = objectives.OBJECTIVES[config.objective](**config.objective_options)
@@ -169,17 +181,20 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
         # whatever came before, so nothing but the state need be saved. The metrics of an update are
         # fetched after the next is dispatched: the device never waits for the host.
         batches = stack.enter_context(contextlib.closing(pipeline.iterate(start)))
+        signalled = processes.Agreed(mesh)
         pending = None
         for step in range(start + 1, config.steps + 1):
             before = time.monotonic()
             batch = next(batches)
             waited = time.monotonic() - before
-            state, current = train_step(state, to_devices(batch, mesh))
+            batch = to_devices(batch, mesh)
+            state, current = train_step(state, batch)
             if pending is not None:
                 report(*pending)
             pending = (step, current, metrics.images_in(batch), waited)
 
-            leaving = watch.signal is not None
+            signal = signalled(watch.number)  # on any process
+            leaving = signal != 0
             due = [n for n, e in evaluators.items() if step % e.every == 0 or step == config.steps]
             saving = step % config.checkpoint.every == 0 or step == config.steps or leaving
             if saving or due:
@@ -189,22 +204,24 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
             if saving:
                 save(must=leaving or step == config.steps)
             if leaving:
-                _say(
+                processes.say(
                     f"saved step {step} of {config.steps} in {path}; the same command with the "
                     "same --workdir continues from there"
                 )
-                raise SystemExit(watch.exit_code)
+                raise SystemExit(preemption.EXIT_CODES[signal])
             evaluate(step, due)
             _tolerant(checkpoints.poll)
             speed.exclude(time.monotonic() - aside)
         if start >= config.steps:
-            _say(f"{path} has its {config.steps} steps already; nothing to train")
+            processes.say(f"{path} has its {config.steps} steps already; nothing to train")
             evaluate(start, list(evaluators))
     return last
 
 
-def _pipeline(config: Any, model_config: Any, shapes: dict) -> pipelines.Pipeline:
-    """The data of `config.data`, this process's part of each batch."""
+def _pipeline(
+    config: Any, model_config: Any, shapes: dict, mesh: jax.sharding.Mesh
+) -> pipelines.Pipeline:
+    """The data of `config.data`: the rows of each batch that this process's devices hold."""
     fields = dict(config.data)
     tokenizer = Tokenizer(fields.pop("tokenizer", "") or None)
     for path, leaf in rules.flatten(shapes).items():
@@ -220,13 +237,12 @@ def _pipeline(config: Any, model_config: Any, shapes: dict) -> pipelines.Pipelin
         seed=config.seed,
         tokenizer=tokenizer,
         num_image_tokens=getattr(model_config, "tokens_per_image", 0),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=None if jax.process_count() == 1 else sharding.local_rows(mesh, config.batch_size),
     )
 
 
 def to_devices(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Put this process's rows of a batch on its devices, the leading axis over replica and fsdp."""
+    """A batch over the mesh, from this process's rows of it (`sharding.local_rows`)."""
     place = sharding.batch_sharding(mesh)
     return {n: jax.make_array_from_process_local_data(place, x) for n, x in batch.items()}
 
@@ -238,7 +254,7 @@ def _initial_params(config: Any, model_config: Any, shapes: dict) -> dict:
         return init.create(model_config, key)
     loaded = pretrained.load_params([dict(source) for source in config.init_from], shapes)
     for line in str(loaded).splitlines():
-        _say(line)
+        processes.say(line)
     if not loaded.fresh:
         return loaded.params
 
@@ -291,11 +307,6 @@ def _tolerant(action: Callable[[], Any]) -> bool:
     try:
         action()
     except checkpoint.CheckpointError as error:
-        _say(f"warning: {error}; the next save tries again")
+        processes.say(f"warning: {error}; the next save tries again")
         return False
     return True
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)

@@ -62,6 +62,6 @@ class Watch:
         self._previous = {}
 
     @property
-    def exit_code(self) -> int:
-        """What the process should return for the signal received."""
-        return EXIT_CODES[self.signal]
+    def number(self) -> int:
+        """Of the first signal received; 0 before there is one."""
+        return 0 if self.signal is None else int(self.signal)

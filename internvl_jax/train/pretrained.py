@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 
 from internvl_jax import rules
 from internvl_jax.models.positions import resize_position_embedding
+from internvl_jax.train import processes
 from internvl_jax.train.checkpoint import (
     CheckpointError,
     committed_steps,
@@ -151,8 +152,10 @@ def load_params(sources: Sequence[Mapping[str, Any]], abstract: dict) -> Loaded:
     origin: dict[str, str] = {}
     misfits: dict[str, tuple] = {}
     for source in sources:
-        directory = find_step(source["path"])
-        meta = read_meta(directory)
+        with processes.together(CheckpointError):
+            directory = find_step(source["path"])
+            meta = read_meta(directory)
+        processes.check_same({f"init_from {source['path']}": meta["sha256"]})
         taken: dict[str, tuple[str, jax.ShapeDtypeStruct]] = {}
         matched = False
         for stored, (shape, dtype) in _stored(meta).items():

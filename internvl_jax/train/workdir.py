@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 # What the saved state is a state of: a change here is another experiment. All else may change on
 # resume (rates, schedule, steps, intervals, evaluations, mesh, chunks); the data answer for
 # themselves by their fingerprint.
@@ -30,10 +32,14 @@ class WorkdirError(RuntimeError):
 def opened(path: str | Path) -> Iterator[Path]:
     """Create the directory, check that it can be written, and hold its lock until the end.
 
-    Raises WorkdirError if it cannot be written or another run holds it. The operating system
-    releases the lock when a process dies, so what a killed run left is taken over with a note.
+    Process 0 does this for all. Raises WorkdirError if it cannot be written or another run holds
+    it. The operating system releases the lock when a process dies, so what a killed run left is
+    taken over with a note.
     """
     path = Path(path).absolute()
+    if jax.process_index() != 0:
+        yield path
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write-probe-{os.getpid()}"

@@ -28,8 +28,6 @@ def test_the_planned_batch_is_that_of_the_pipeline(name):
         seed=0,
         tokenizer=Tokenizer(None),
         num_image_tokens=getattr(models.from_dict(config.model), "tokens_per_image", 0),
-        process_index=0,
-        process_count=1,
     )
     planned = experiment.batch_shapes(config, sharding.make_mesh(fsdp=-1))
     real = {n: (x.shape, x.dtype) for n, x in pipeline.batch(0).items()}
