@@ -55,8 +55,12 @@ def _start(log, target, arguments):
     target(*arguments)
 
 
-def train(workdir, cache, overrides, fault=None):
-    """`internvl-jax train` on one device, with a fault of this file prepared before it."""
+def train(workdir, cache, overrides, fault=None, job=None):
+    """`internvl-jax train` on one device, with a fault of this file prepared before it.
+
+    job: (number of this process, number of all, port of the coordinator, {limit in seconds: value
+    for the test}) of one of several processes.
+    """
     # Quick to compile; the speed of the program does not matter here.
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -68,6 +72,15 @@ def train(workdir, cache, overrides, fault=None):
     if fault is not None:
         FAULTS[fault[0]](*fault[1:])
     words = [f"--config.{key}={value}" for key, value in overrides.items()]
+    if job is not None:
+        from internvl_jax.train import processes
+
+        number, count, port, limits = job
+        for name, seconds in limits.items():
+            assert hasattr(processes, name)
+            setattr(processes, name, seconds)
+        words += [f"--coordinator_address=localhost:{port}"]
+        words += [f"--num_processes={count}", f"--process_id={number}"]
     cli.main(["train", f"--config={CONFIG}", f"--workdir={workdir}", *words])
 
 
@@ -156,7 +169,25 @@ def _bound_by_permissions():
     assert ctypes.CDLL(None, use_errno=True).capset(ctypes.byref(header), none) == 0
 
 
+def _shown_rows():
+    """No fault: print a digest of every row that this process trains on."""
+    import hashlib
+
+    from internvl_jax.data import pipelines
+
+    iterate = pipelines.Pipeline.iterate
+
+    def showing(pipeline, start_step=0):
+        for number, batch in enumerate(iterate(pipeline, start_step), start_step):
+            rows = [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in batch["tokens"]]
+            print(f"batch {number} rows {' '.join(rows)}", flush=True)
+            yield batch
+
+    pipelines.Pipeline.iterate = showing
+
+
 FAULTS = {
+    "rows": _shown_rows,
     "nan": _nan_in_batches,
     "spike": _scaled_loss,
     "clock": _jumping_clock,
