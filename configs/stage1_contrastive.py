@@ -29,7 +29,8 @@ def get_config(arg: str = "") -> ConfigDict:
         drop_path=0.2,  # Table 20
         drop_path_schedule="uniform",  # Table 20; every released class has a linear ramp
     )
-    # The text tower starts from a multilingual LLaMA-7B (A.3), the vision tower at random.
+    # The text tower starts from a multilingual LLaMA-7B (A.3), the vision tower at random. The
+    # published folder becomes this one by `internvl-jax convert … --layout=jax`.
     config.init_from = (dict(path="checkpoints/chinese_llama_7b"),)
     config.optimizer.update(
         learning_rate=(

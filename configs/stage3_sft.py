@@ -60,6 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.data.template = "plain"  # the caption alone follows the image
         with config.ignore_type():
             config.data.sources = (("jsonl:data/blip_laion_cc_sbu_558k.jsonl", 1.0),)
+        # The decoder is a converted language model, under its name here (`internvl-jax convert`).
         config.init_from = (
             dict(path="checkpoints/vicuna_13b", rename=((r"llama/(.*)", r"llm/\1"),)),
             dict(path="runs/stage1_224"),

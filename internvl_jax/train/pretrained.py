@@ -23,6 +23,7 @@ from internvl_jax.train.checkpoint import (
 )
 
 POSITIONS = "vit/position_embedding"
+TOWERS = ("vit/", "llama/", "llm/")
 
 
 def find_step(path: str | Path) -> Path:
@@ -144,12 +145,13 @@ def load_params(sources: Sequence[Mapping[str, Any]], abstract: dict) -> Loaded:
     abstract: the model's parameters with shardings (`state.on_mesh`); arrays are cast to its
       dtypes. A position embedding of another grid is resized.
 
-    Raises CheckpointError for a source without a checkpoint or of which nothing fits, and
+    Raises CheckpointError, before any array is read, for a source without a checkpoint or of which
+    nothing fits, and for a part of a tower that is there with another shape only;
     CheckpointCorrupt for damage.
     """
     wanted = rules.flatten(abstract)
-    found: dict[str, Any] = {}
-    origin: dict[str, str] = {}
+    plans: list[tuple[Path, Mapping[str, Any], dict[str, tuple]]] = []
+    claimed: set[str] = set()
     misfits: dict[str, tuple] = {}
     for source in sources:
         with processes.together(CheckpointError):
@@ -165,7 +167,7 @@ def load_params(sources: Sequence[Mapping[str, Any]], abstract: dict) -> Loaded:
             fits = tuple(wanted[path].shape) == shape
             resizable = path == POSITIONS and _resizable(shape, wanted[path].shape)
             matched |= fits or resizable
-            if path in found or path in taken:
+            if path in claimed or path in taken:
                 continue
             if not fits and not resizable:
                 misfits[path] = (shape, tuple(wanted[path].shape))
@@ -177,14 +179,40 @@ def load_params(sources: Sequence[Mapping[str, Any]], abstract: dict) -> Loaded:
                 f"init_from: nothing in {directory} fits this model; it holds "
                 f"{_summary(list(_stored(meta)))}, the model {_summary(list(wanted))}"
             )
+        claimed |= set(taken)
+        plans.append((directory, meta, taken))
+    misfits = {path: shapes for path, shapes in misfits.items() if path not in claimed}
+    _check_towers(misfits)
+
+    found: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for directory, meta, taken in plans:
         part = rules.unflatten(dict(taken.values()))
         arrays = rules.flatten(read_arrays(directory, "params", part, meta))
         for path, (stored, _leaf) in taken.items():
             found[path], how = _fitted(arrays[stored], wanted[path])
             origin[path] = f"{directory}{how}"
-            misfits.pop(path, None)
     fresh = [path for path in wanted if path not in found]
     return Loaded(rules.unflatten(found), origin, fresh, misfits)
+
+
+def _check_towers(misfits: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+    """Refuses a tower of which a part has another shape: its other layers could not work with it.
+
+    The usual causes are another vocabulary and another number of key/value heads.
+    """
+    inside = [path for path in misfits if path.startswith(TOWERS)]
+    if inside:
+        lines = "".join(
+            f"\n    {path}: stored as {misfits[path][0]}, the model has {misfits[path][1]}"
+            for path in inside
+        )
+        raise CheckpointError(
+            f"init_from: a tower is stored with other shapes:{lines}\nName a checkpoint of these "
+            "shapes, give the model those of the checkpoint (its vocabulary comes with its own "
+            "data.tokenizer), or, to start them at random, rename them to a name that the model "
+            "does not have"
+        )
 
 
 def _stored(meta: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], Any]]:
