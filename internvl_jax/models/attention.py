@@ -38,14 +38,14 @@ class ViTAttention(nnx.Module):
         self.k_norm = RMSNorm(width, eps) if config.qk_norm else None
         self.proj = Linear(width, width, second, axes=(None, "vit_wide"), bias=True)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, N, D] → [B, N, D]."""
-        query, key, value = jnp.split(checkpoint_name(self.qkv(x), "qkv"), 3, axis=-1)
+    def __call__(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+        """[B, N, D] → [B, N, D], times `scale` [D]."""
+        query, key, value = (checkpoint_name(a, "qkv") for a in self.qkv.split(x, 3))
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (split_heads(a, self.heads) for a in (query, key, value))
         mixed = merge_heads(kernels.attention(query, key, value))
-        return self.proj(checkpoint_name(mixed, "attention"))
+        return self.proj(checkpoint_name(mixed, "attention"), scale=scale)
 
 
 class LlamaAttention(nnx.Module):

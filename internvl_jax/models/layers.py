@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from internvl_jax.models.product import product
 from internvl_jax.sharding import replicate, spec
 
 # Of token, position, class and query embeddings. They share the residual stream with branches that
@@ -45,14 +46,31 @@ class Linear(nnx.Module):
         axes: tuple[str | None, str | None] = (None, None),
         bias: bool = False,
     ):
+        self.axes = axes
         self.kernel = normal(key, (inputs, outputs), axes, inputs**-0.5)
         self.bias = constant(0.0, (outputs,)) if bias else None
 
-    def __call__(self, x: jax.Array, out_axis: str | None = None) -> jax.Array:
-        """[B, …, in] → [B, …, out]; `out_axis` names how the result's last axis is sharded."""
-        out = spec("batch", *(None,) * (x.ndim - 2), out_axis)
-        y = jnp.einsum("b...d,df->b...f", x, self.kernel[...].astype(x.dtype), out_sharding=out)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    def __call__(
+        self, x: jax.Array, out_axis: str | None = None, *, scale: jax.Array | None = None
+    ) -> jax.Array:
+        """[B, …, in] → [B, …, out]; `out_axis` names how the result's last axis is sharded.
+
+        scale: [out], multiplies the result. It is multiplied into the weights, so that the gradient
+        of the scale does not need the result without it.
+        """
+        kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
+        if scale is not None:
+            kernel, bias = kernel * scale, None if bias is None else bias * scale
+        (y,) = product(x, kernel, self.axes, out_axis)
+        return y if bias is None else y + bias.astype(x.dtype)
+
+    def split(self, x: jax.Array, parts: int) -> list[jax.Array]:
+        """[B, …, in] → `parts` arrays [B, …, out / parts], each from its columns of the kernel."""
+        ys = product(x, self.kernel[...], self.axes, parts=parts)
+        if self.bias is None:
+            return list(ys)
+        biases = jnp.split(self.bias[...].astype(x.dtype), parts)
+        return [y + bias for y, bias in zip(ys, biases, strict=True)]
 
 
 class RMSNorm(nnx.Module):
@@ -111,8 +129,9 @@ class Mlp(nnx.Module):
         self.fc1 = Linear(inputs, hidden, first, axes=axes[:2], bias=True)
         self.fc2 = Linear(hidden, outputs, second, axes=axes[1:], bias=True)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+    def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+        """[B, …, in] → [B, …, out], times `scale` [out]."""
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False), scale=scale)
 
 
 class SwiGlu(nnx.Module):
@@ -125,7 +144,9 @@ class SwiGlu(nnx.Module):
         self.down = Linear(hidden, width, down, axes=("mlp", "embed"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x, "mlp")) * self.up(x, "mlp"))
+        hidden = jax.nn.silu(self.gate(x, "mlp")) * self.up(x, "mlp")
+        # Written out once: a compiler that fuses it into products computes it again in each.
+        return self.down(jax.lax.optimization_barrier(hidden))
 
 
 def split_each(keys: jax.Array, count: int) -> jax.Array:

@@ -74,11 +74,9 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, rate: jax.Array, keys: jax.Array | None) -> jax.Array:
         first, second = (None, None) if keys is None else split_each(keys, 2)
         with jax.named_scope("attention"):
-            branch = self.attn(self.norm1(x)) * self.ls1[...].astype(x.dtype)
-            x = x + drop_path(branch, rate, first)
+            x = x + drop_path(self.attn(self.norm1(x), self.ls1[...]), rate, first)
         with jax.named_scope("mlp"):
-            branch = self.mlp(self.norm2(x)) * self.ls2[...].astype(x.dtype)
-            return x + drop_path(branch, rate, second)
+            return x + drop_path(self.mlp(self.norm2(x), self.ls2[...]), rate, second)
 
 
 class ViT(nnx.Module):
@@ -157,9 +155,20 @@ class ViT(nnx.Module):
         if not 0 <= layers <= depth:
             raise ValueError(f"layers={layers} is outside the tower's {depth} blocks")
         for_masks, for_drops = (None, None) if keys is None else split_each(keys, 2)
-        x = embedded = self.embed(pixels, mask_ratio=mask_ratio, keys=for_masks)
-        stochastic = for_drops is not None and self.config.drop_path > 0.0
-        layer_keys = split_each(for_drops, depth) if stochastic else None
+        x = self.embed(pixels, mask_ratio=mask_ratio, keys=for_masks)
+        last, states = self.run(x, for_drops, layers=layers, hidden_states=hidden_states)
+        return (last, jnp.concatenate([x[None], states])) if hidden_states else last
+
+    def run(
+        self, x: jax.Array, keys: jax.Array | None, *, layers: int, hidden_states: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The first `layers` blocks on embedded tokens [B, T, D].
+
+        keys: [B], for the stochastic depth of each image; None is evaluation.
+        Returns the residual stream and, with `hidden_states`, that after each block [layers, …].
+        """
+        stochastic = keys is not None and self.config.drop_path > 0.0
+        layer_keys = split_each(keys, self.config.depth) if stochastic else None
 
         def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, jax.Array | None]:
             block, rate, block_keys = layer
@@ -169,10 +178,7 @@ class ViT(nnx.Module):
         rates = jnp.asarray(self.config.drop_path_rates(), jnp.float32)
         xs = jax.tree.map(lambda a: a[:layers], (self.blocks, rates, layer_keys))
         unroll = min(self.config.unroll, max(layers, 1))
-        x, states = jax.lax.scan(remat(body, self.config.remat), x, xs, unroll=unroll)
-        if hidden_states:
-            return x, jnp.concatenate([embedded[None], states])
-        return x
+        return jax.lax.scan(remat(body, self.config.remat), x, xs, unroll=unroll)
 
 
 class VisionModel(nnx.Module):

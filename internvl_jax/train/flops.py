@@ -66,9 +66,20 @@ def _count(program: Any) -> float:
             if name == "scan":
                 inner *= parameters["length"]
             elif name == "shard_map":
-                inner *= parameters["mesh"].size  # its shapes are those of one device
+                inner *= _different_devices(parameters)  # its shapes are those of one device
             total += inner
     return total
+
+
+def _different_devices(parameters: dict[str, Any]) -> int:
+    """Devices that do different work in a `shard_map`; over the other mesh axes they repeat it."""
+    specs = (*parameters["in_specs"], *parameters["out_specs"])
+    named = {axis for spec in specs for axes in spec for axis in _axes(axes)}
+    return math.prod(parameters["mesh"].shape[axis] for axis in named)
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _programs_in(parameters: dict[str, Any]) -> Iterator[Any]:

@@ -58,8 +58,11 @@ def test_rematerialised_layers_count_again():
     assert flops.count(jax.grad(loss, argnums=(0, 1)), X, W) > plain
 
 
-def test_a_sharded_map_counts_all_devices():
-    mesh = jax.make_mesh((4,), ("fsdp",), devices=jax.devices()[:4])
+# Over `tensor`, nothing here is cut: its two devices do the same, which is no more work done.
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_sharded_map_counts_all_devices(tensor):
+    devices = jax.devices()[: 4 * tensor]
+    mesh = jax.make_mesh((4, tensor), ("fsdp", "tensor"), devices=devices)
     spec = jax.sharding.PartitionSpec("fsdp")
     product = jax.shard_map(
         jnp.dot, mesh=mesh, in_specs=(spec, jax.sharding.PartitionSpec()), out_specs=spec

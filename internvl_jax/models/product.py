@@ -1,0 +1,88 @@
+"""Products with weights that lie spread over the mesh: who gathers what, said outright.
+
+A weight is cast, gathered over `fsdp` just before its product and dropped after it; its gradient is
+summed and scattered in one step. Left to the compiler, the gradient's sum of some weights becomes
+an all-reduce of the whole, and the gathers of InternViT's run on padded arrays: 12,800 / 128 = 100
+and 9,600 / 128 = 75 rows do not fill the TPU's tiles of 8 × 128.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from internvl_jax.sharding import physical, spec
+
+_ROWS = 8  # of a tile
+
+
+def product(
+    x: jax.Array,
+    kernel: jax.Array,
+    axes: tuple[str | None, str | None] = (None, None),
+    out_axis: str | None = None,
+    parts: int = 1,
+) -> tuple[jax.Array, ...]:
+    """x [B, …, in] · kernel [in, out] in the dtype of x, cut into `parts` along its last axis.
+
+    axes: logical names of the kernel's axes; out_axis: of a part's last axis. The last axis of `x`
+    is sharded as the kernel's first one is, except over `fsdp`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        out = spec("batch", *(None,) * (x.ndim - 2), out_axis)
+        y = jnp.einsum("b...d,df->b...f", x, kernel.astype(x.dtype), out_sharding=out)
+        return tuple(jnp.split(y, parts, axis=-1))
+    inner = None if physical(axes[0]) == "fsdp" else axes[0]
+    nones = (None,) * (x.ndim - 2)
+    return jax.shard_map(
+        functools.partial(_local, axes=tuple(physical(axis) for axis in axes), parts=parts),
+        in_specs=(spec("batch", *nones, inner), spec(*axes)),
+        out_specs=(spec("batch", *nones, out_axis),) * parts,
+    )(x, kernel)
+
+
+def _local(
+    x: jax.Array, kernel: jax.Array, axes: tuple[str | None, str | None], parts: int
+) -> tuple[jax.Array, ...]:
+    if "fsdp" in axes:
+        # Each replica has its own gradient until it is scattered; then their small parts are added.
+        kernel = jax.lax.pcast(kernel.astype(x.dtype), "replica", to="varying")
+    if axes[1] == "fsdp":
+        rows = jnp.split(gather_rows(kernel.T), parts, axis=0)
+        y = [jnp.einsum("b...d,fd->b...f", x, part) for part in rows]
+    else:
+        kernel = gather_rows(kernel) if axes[0] == "fsdp" else kernel.astype(x.dtype)
+        columns = jnp.split(kernel, parts, axis=1)
+        y = [jnp.einsum("b...d,df->b...f", x, part) for part in columns]
+    return tuple(jax.lax.psum(part, "tensor") if axes[0] == "tensor" else part for part in y)
+
+
+@jax.custom_vjp
+def gather_rows(part: jax.Array) -> jax.Array:
+    """[rows / fsdp, columns] of each device → [rows, columns], within a `shard_map`.
+
+    The gradient is summed over `fsdp` and scattered back.
+    """
+    rows, columns = part.shape
+    if rows % _ROWS == 0:
+        shape = (rows, columns)
+    elif rows % 2 == 0:  # such rows fill tiles of two
+        shape = (rows // 2, 2, columns)
+    else:
+        shape = (rows, 2, columns // 2) if columns % 2 == 0 else (rows, columns)
+    whole = jax.lax.all_gather(part.reshape(shape), "fsdp", tiled=True)
+    return whole.reshape(-1, columns)
+
+
+def _scatter(shape: tuple[int, ...], gradient: jax.Array) -> tuple[jax.Array]:
+    # The TPU compiler scatters an array of this form; most others it sums as a whole.
+    size = jax.lax.axis_size("fsdp")
+    rows, columns = shape
+    lanes = next((n for n in (1280, 128) if rows * columns % n == 0), columns)
+    flat = gradient.reshape(size, rows * columns // lanes, lanes)
+    part = jax.lax.psum_scatter(flat, "fsdp", scatter_dimension=0, tiled=True)
+    return (part.reshape(rows, columns),)
+
+
+gather_rows.defvjp(lambda part: (gather_rows(part), part.shape), _scatter)
