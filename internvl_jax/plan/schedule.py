@@ -8,6 +8,7 @@ estimates; the cycles hold no Pallas kernel's body.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 
 from internvl_jax.plan import hlo
@@ -165,9 +166,14 @@ class _Reader:
                     return inner
         return None
 
-    def _channel(self, line: hlo.Instruction) -> str | None:
+    def _channel(self, line: hlo.Instruction) -> tuple[str | None, ...] | None:
+        """What the fusions of one asynchronous collective share: those within a `shard_map` all
+        have one channel, but chains of their own."""
         found = self._collective_in(line)
-        return found.attribute("channel_id") if found else None
+        if found is None or found.attribute("channel_id") is None:
+            return None
+        chain = re.search(r'chain_id="(\d+)"', found.attributes)
+        return found.attribute("channel_id"), chain.group(1) if chain else None
 
     def _transfer(self, line: hlo.Instruction) -> _Transfer | None:
         found = self._collective_in(line)
