@@ -132,8 +132,10 @@ def _terminated(number: int, frame: Any) -> NoReturn:
 
 def _plan(parser: _Parser) -> Callable[[argparse.Namespace], None]:
     """Compile a config's train step for a TPU pod, without a TPU: memory, traffic, time."""
+    modes = ("encode", "prefill", "decode")
     parser.add_argument("--config", required=True, help=CONFIG_HELP)
     parser.add_argument("--topology", required=True, help="chip and slice, as v5e:16x16")
+    parser.add_argument("--inference", choices=modes, help="plan this call, not the train step")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--dump", metavar="FILE", help="keep the compiled program's text here")
 
@@ -145,7 +147,7 @@ def _plan(parser: _Parser) -> Callable[[argparse.Namespace], None]:
         os.environ["JAX_PLATFORMS"] = "cpu"  # the pod's devices exist only in the compiler
         from internvl_jax.plan import plan
 
-        answer = plan.make(config, args.topology, dump=args.dump)
+        answer = plan.make(config, args.topology, args.dump, args.inference)
         print(answer)
         if args.json:
             print(json.dumps(answer.to_dict()))

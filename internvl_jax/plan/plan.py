@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from internvl_jax.plan import chips, experiment, schedule, topology
+from internvl_jax.plan import chips, experiment, inference, schedule, topology
 
 GIB = 2**30
 
@@ -50,7 +50,7 @@ class Plan:
     @property
     def days(self) -> float | None:
         """Time for the recipe's sample count at the estimated speed, without any interruption."""
-        if self.estimated_step_s is None:
+        if self.estimated_step_s is None or not self.params_trained:
             return None
         return self.samples / self.batch_size * self.estimated_step_s / 86_400
 
@@ -63,6 +63,7 @@ class Plan:
 
     def __str__(self) -> str:
         frozen = f", {self.params_frozen / 1e9:.2f} B frozen" if self.params_frozen else ""
+        days = "" if self.days is None else f", {self.days:.1f} days for {self.samples:,} samples"
         lines = [
             f"{self.topology}: {self.chips} chips, batch {self.batch_size:,}",
             f"parameters  {self.params_trained / 1e9:.2f} B trained{frozen} (count)",
@@ -89,7 +90,7 @@ class Plan:
             lines.append(f"            {kind} {sent:.1f}, exposed {exposed:.1f}")
         lines.append(
             f"time        {self.estimated_step_s:.2f} s per step, MFU "
-            f"{100 * self.estimated_mfu:.1f} %, {self.days:.1f} days for {self.samples:,} samples "
+            f"{100 * self.estimated_mfu:.1f} %{days} "
             "(estimate from the compiler's cycles, not calibrated against hardware)"
         )
         if self.untimed_kernels:
@@ -101,21 +102,34 @@ class Plan:
         return "\n".join(lines)
 
 
-def make(config: Any, name: str, dump: str | Path | None = None) -> Plan:
+def make(
+    config: Any, name: str, dump: str | Path | None = None, inference_mode: str | None = None
+) -> Plan:
     """Plan an experiment's train step on a topology such as "v5e:16x16".
 
     dump: a file for the compiled program's text.
+    inference_mode: of `inference.MODES`: plan that call of the model instead.
 
     Raises:
         TopologyError, LibtpuError: see `topology.opened`. MeshError: see `experiment.build`.
+        InferenceError: see `inference.build`.
     """
     with topology.opened(name) as devices:
-        return _plan(config, name, devices, dump)
+        if inference_mode is None:
+            built = experiment.build(config, devices)
+        else:
+            built = inference.build(config, devices, inference_mode)
+        return _plan(config, built, name, devices, dump)
 
 
-def _plan(config: Any, name: str, devices: Sequence[Any], dump: str | Path | None) -> Plan:
+def _plan(
+    config: Any,
+    built: experiment.Experiment,
+    name: str,
+    devices: Sequence[Any],
+    dump: str | Path | None,
+) -> Plan:
     chip, shape = chips.parse(name)
-    built = experiment.build(config, list(devices))
     plan = Plan(
         fits=False,
         topology=name,
@@ -216,7 +230,7 @@ def _more_shards(mesh: jax.sharding.Mesh) -> str:
 
 
 def _advice(config: Any, mesh: jax.sharding.Mesh) -> str:
-    ways = []
+    ways = [f"raise chunks (now {config.chunks})"]
     if config.model.get("remat") != "full":
         ways.append("set model.remat=full")
     if mesh.shape["replica"] > 1:
