@@ -84,6 +84,29 @@ backend_config={"estimated_cycles":"9000000"}
     assert read.seconds == pytest.approx(9e6 / 1.5e9)
 
 
+def test_gathers_of_one_channel_are_told_apart_by_their_chain():
+    part = """
+%f{n} (x: bf16[64,128]) -> bf16[256,128] {{
+  %x.{n} = bf16[64,128]{{1,0}} parameter(0)
+  ROOT %ag.{n} = bf16[256,128]{{1,0}} all-gather(%x.{n}), channel_id=1, \
+replica_groups={{{{0,1,2,3}}}}, frontend_attributes={{chain_id="{chain}"}}
+}}
+"""
+    main = """
+ENTRY %main (a: bf16[64,128]) -> bf16[256,128] {
+  %a = bf16[64,128]{1,0} parameter(0)
+  %s = bf16[256,128]{1,0} fusion(%a), kind=kCustom, calls=%f1
+  %t = bf16[256,128]{1,0} fusion(%a), kind=kCustom, calls=%f2
+  %u = bf16[256,128]{1,0} fusion(%a), kind=kCustom, calls=%f3
+  ROOT %d = bf16[256,128]{1,0} fusion(%a), kind=kCustom, calls=%f4
+}
+"""
+    chains = {1: 8, 2: 9, 3: 8, 4: 9}
+    text = "HloModule m\n" + "".join(part.format(n=n, chain=c) for n, c in chains.items()) + main
+    read = schedule.read(text, V5E, ROW, (4, 1))
+    assert [c.bytes for c in read.collectives] == [0.75 * 256 * 128 * 2] * 2
+
+
 def test_a_reduce_scatter_written_as_all_reduce_and_slice():
     text = """HloModule m
 
