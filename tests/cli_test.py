@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from internvl_jax import cli
@@ -45,6 +46,7 @@ def test_unknown_names_exit_with_two_and_one_line(capsys, words, hint):
 
 
 def test_errors_of_the_user_exit_with_one_and_one_line(capsys, tmp_path):
+    jax.devices()  # as in a notebook: a program that has used JAX trains on its own
     code, line = fails(capsys, "evaluate", f"--checkpoint={tmp_path / 'nowhere'}")
     assert code == 1 and "no checkpoint at" in line
     code, line = fails(capsys, "generate", "--checkpoint=demo", "--image=no.png")
@@ -52,6 +54,8 @@ def test_errors_of_the_user_exit_with_one_and_one_line(capsys, tmp_path):
     words = ("--config=language:tiny", "--config.mesh.tensor=3", f"--workdir={tmp_path / 'w'}")
     code, line = fails(capsys, "train", *words)
     assert code == 1 and "does not fit 8 cpu device(s)" in line
+    code, line = fails(capsys, "train", *words, "--coordinator_address=localhost:1")
+    assert code == 1 and "cannot join a job any more" in line
     assert not (tmp_path / "w").exists()
 
 

@@ -49,7 +49,8 @@ def joined(
 
     The arguments are those of `jax.distributed.initialize`. What is None comes from where JAX finds
     it: JAX_COORDINATOR_ADDRESS, a Cloud TPU, Slurm or Open MPI. Where nothing is found, the block
-    runs as a process on its own.
+    runs as a process on its own; so it does, without an address, in a program that has used JAX
+    before (a notebook), since such a program can no longer join a job.
 
     Ends the process with exit code 1 if not all have come within JOIN_SECONDS. Raises ProcessError
     for arguments that do not make sense, or processes with different numbers of devices.
@@ -98,6 +99,15 @@ def _initialize(address: str | None, count: int | None, number: int | None) -> b
         if address is None and str(error).startswith("coordinator_address should be defined"):
             return False  # no job anywhere
         raise ProcessError(f"cannot join the job at {address or 'hand'}: {error}") from error
+    except RuntimeError as error:
+        if not str(error).startswith("jax.distributed.initialize() must be called before"):
+            raise
+        if address is None:
+            return False
+        raise ProcessError(
+            "this program has used JAX already, so it cannot join a job any more; start a process "
+            "of its own with the command internvl-jax"
+        ) from error
     finally:
         watch.cancel()
     return True
