@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 READY := $(VENV)/.installed
-READY_TORCH := $(VENV)/.installed-torch
+READY_ALL := $(VENV)/.installed-all
 INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile \
 	--disable-pip-version-check --constraint=constraints.txt
 # A worker per core; the tests of a file share what they train, so they stay together.
@@ -16,7 +16,7 @@ PYTEST = $(VENV)/bin/python -m pytest -q --numprocesses=auto --maxprocesses=8 --
 help:
 	@echo "make demo      train InternVL through its stages on the embedded data (runs/demo)"
 	@echo "make test      the tests"
-	@echo "make test-all  the tests, slow ones included, against PyTorch"
+	@echo "make test-all  the tests, slow ones included: PyTorch, the TPU compiler"
 	@echo "make lint      style checks"
 	@echo "make clean     remove the virtual environment and build outputs; keeps runs/"
 
@@ -28,7 +28,7 @@ demo: $(READY)
 test: $(READY)
 	$(PYTEST)
 
-test-all: $(READY_TORCH)
+test-all: $(READY_ALL)
 	$(PYTEST) -m "slow or not slow"
 
 lint: $(READY)
@@ -40,9 +40,9 @@ $(READY): setup.py pyproject.toml constraints.txt
 	$(INSTALL) --editable ".[dev]"
 	@touch $@
 
-# The slow tests compare with PyTorch and transformers.
-$(READY_TORCH): $(READY)
-	$(INSTALL) --editable ".[dev,torch]"
+# The slow tests compare with PyTorch and transformers, and ask the TPU compiler.
+$(READY_ALL): $(READY)
+	$(INSTALL) --editable ".[dev,torch,plan]"
 	@touch $@
 
 clean:

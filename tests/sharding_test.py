@@ -6,8 +6,8 @@ from internvl_jax import sharding
 from internvl_jax.plan import topology
 
 
+@pytest.mark.slow
 def test_slices_hold_whole_replicas():
-    pytest.importorskip("libtpu")
     from jax.experimental import topologies
 
     with topology.opened("v5e:2x2"):
