@@ -5,7 +5,9 @@ Everything here is exact to the released program where it has one; `tokenizer` i
 """
 
 import functools
+import itertools
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -72,10 +74,11 @@ TRAINABLE = {
 }
 
 
-def encode_chat(tokenizer, name, rounds, num_image_tokens: int):
+def encode_chat(tokenizer, name, rounds, num_image_tokens: int | Sequence[int]):
     """Tokenises rounds of (question, answer) with `<image>` marks: (ids, labels), two lists.
 
-    Every mark becomes `num_image_tokens` times IMAGE_TOKEN. Loss falls on the assistant's text
+    Every mark becomes `num_image_tokens` times IMAGE_TOKEN (of a sequence, the next of its numbers,
+    and nothing after the last). Loss falls on the assistant's text
     and the end of text after it; with "plain" on the caption and its line break. A last answer
     of None leaves the prompt open for generation. Text of users never yields special ids.
 
@@ -86,10 +89,12 @@ def encode_chat(tokenizer, name, rounds, num_image_tokens: int):
         raise ValueError(f"no ids for chat template {name!r}; choose from {', '.join(TRAINABLE)}")
     layout = TRAINABLE[name]
     ids, labels = [tokenizer.bos_id], [IGNORE]
+    several = not isinstance(num_image_tokens, int)
+    counts = iter(num_image_tokens) if several else itertools.repeat(num_image_tokens)
 
     def add(segment, learn=False):
         for k, piece in enumerate(segment.split(IMAGE_MARK)):
-            tokens = [IMAGE_TOKEN] * num_image_tokens if k else []
+            tokens = [IMAGE_TOKEN] * next(counts, 0) if k else []
             tokens += tokenizer.encode(piece, bos=False)
             ids.extend(tokens)
             labels.extend(tokens if learn else [IGNORE] * len(tokens))

@@ -1,17 +1,20 @@
-"""Image files to uint8 arrays, with Pillow's antialiased bicubic resize throughout.
+"""Images to uint8 arrays by the official transforms: Pillow's antialiased bicubic throughout.
 
 Training normalises on the device, so the transforms give uint8 [H, W, 3]; `normalise` does the same
 on the host, also with other models' statistics.
 """
 
+import io
 import os
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-# About 13 400 pixels square: larger than any photograph, smaller than a decompression bomb.
-MAX_PIXELS = 178_956_970
+from internvl_jax.data.errors import RecordError
+
+# About 7 000 pixels square: larger than nearly any photograph, smaller than a decompression bomb.
+MAX_PIXELS = 50_000_000
 _BICUBIC = Image.Resampling.BICUBIC
 
 # Mean and deviation of red, green and blue in [0, 1], to the digits of the released code. Every
@@ -31,17 +34,57 @@ def read(file: str | os.PathLike | BinaryIO, max_pixels: int = MAX_PIXELS) -> Im
     """
     name = os.fspath(file) if isinstance(file, str | os.PathLike) else "image"
     try:
+        return _rgb(file, max_pixels)
+    except FileNotFoundError:
+        raise
+    except RecordError as error:
+        raise ValueError(f"{name} {error.message}") from error
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The RGB image in the bytes of a file. Raises RecordError; see `read`.
+
+    The first frame of an animation; transparency and the EXIF orientation are ignored, as the
+    official transforms do. Of 16 bits per value the upper 8 count.
+    """
+    return _rgb(io.BytesIO(data), max_pixels)
+
+
+def decoded(source: bytes | np.ndarray) -> Image.Image:
+    """`decode`, where pixels stand for themselves."""
+    return decode(source) if isinstance(source, bytes) else Image.fromarray(source)
+
+
+def _rgb(file, max_pixels):
+    try:
         with Image.open(file) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ValueError(
-                    f"{name} has {width} x {height} pixels, more than the {max_pixels} allowed"
-                )
+            check_size(*image.size, max_pixels)
+            if image.mode.startswith("I"):  # Pillow would cut, not scale, what exceeds 255
+                pixels = np.asarray(image)
+                if pixels.max(initial=0) > 255:
+                    pixels = pixels >> 8
+                return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise RecordError("image_too_large", f"cannot be read as an image: {error}") from error
+    # Pillow's readers raise these for damaged files, whatever the format.
+    except (OSError, SyntaxError, EOFError, IndexError, OverflowError, TypeError) as error:
+        raise RecordError("corrupt_image", f"cannot be read as an image: {error}") from error
+    except ValueError as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError("corrupt_image", f"cannot be read as an image: {error}") from error
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raises RecordError for an image whose header claims more than `max_pixels`."""
+    if width * height > max_pixels:
+        raise RecordError(
+            "image_too_large",
+            f"has {width} x {height} pixels, more than the {max_pixels} allowed",
+        )
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
@@ -104,11 +147,17 @@ def tiles(
     """
     columns, rows = tile_grid(*image.size, size, max_tiles, min_tiles)
     whole = np.asarray(image.resize((columns * size, rows * size), _BICUBIC))
-    grid = whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2)
-    result = grid.reshape(rows * columns, size, size, 3)
+    result = squares(whole, size)
     if thumbnail and len(result) > 1:
         result = np.concatenate([result, square(image, size)[None]])
     return result
+
+
+def squares(whole: np.ndarray, size: int) -> np.ndarray:
+    """Cuts pixels [rows·size, columns·size, 3] row by row: [rows·columns, size, size, 3]."""
+    rows, columns = whole.shape[0] // size, whole.shape[1] // size
+    grid = whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2)
+    return grid.reshape(rows * columns, size, size, 3)
 
 
 def normalise(pixels: np.ndarray, statistics: str = "imagenet") -> np.ndarray:
@@ -129,7 +178,19 @@ def random_resized_crop(
     scale: limits of the share of the area; ratio: limits of width over height, drawn evenly in
     its logarithm. After ten parts that do not fit, the largest fitting centre is taken.
     """
-    width, height = image.size
+    # Cut first: resize with a box would mix in pixels from outside the part.
+    part = image.crop(random_box(*image.size, rng, scale, ratio))
+    return np.asarray(part.resize((size, size), _BICUBIC))
+
+
+def random_box(
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.5, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a random part; see `random_resized_crop`."""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = np.exp(rng.uniform(*np.log(ratio)))
@@ -141,5 +202,4 @@ def random_resized_crop(
     else:
         w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
         left, top = (width - w) // 2, (height - h) // 2
-    # Cut first: resize with a box would mix in pixels from outside the part.
-    return np.asarray(image.crop((left, top, left + w, top + h)).resize((size, size), _BICUBIC))
+    return left, top, left + w, top + h

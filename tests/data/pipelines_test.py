@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvl_jax.data import conversation, pipelines, scenes, sources, text
+from internvl_jax.data import conversation, pipelines, scenes, sources, stream, text
 from internvl_jax.data.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer()
@@ -295,7 +295,7 @@ def test_errors_of_records_reach_the_training_loop(tmp_path):
     pipeline = build(sources=((f"jsonl:{tmp_path}/data.jsonl", 1.0),), batch_size=4)
     with (
         contextlib.closing(pipeline.iterate()) as batches,
-        pytest.raises(ValueError, match=r"data.jsonl:\d: .*gone.png"),
+        pytest.raises(stream.StreamError, match=r"in a row .*data.jsonl:\d: .*gone.png"),
     ):
         next(batches)
 

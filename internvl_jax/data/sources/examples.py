@@ -1,0 +1,199 @@
+"""Records that are one tf.train.Example each: TFRecord files, ArrayRecord files, cached parquet."""
+
+import functools
+import hashlib
+import os
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from internvl_jax.data import files
+from internvl_jax.data.errors import RecordError
+from internvl_jax.data.sources import base, example_proto, index
+
+VERSION = "tfrecord 1"
+ROW = np.dtype([("at", "<u8"), ("size", "<u8")])
+_HEADER = 12  # length and its checksum, before the data; a checksum of the data follows it
+
+
+class _Examples(base.Source):
+    """What is made of an Example: its image and texts, under the names of `base`."""
+
+    language, caption = "en", ""
+
+    def image_in(self, handle: Any) -> bytes:
+        record = self._record(handle)
+        data = base.first(record, base.IMAGE_KEYS)
+        if not isinstance(data, bytes) or not data:
+            raise RecordError("missing_image", f"no image among {', '.join(sorted(record))}")
+        return data
+
+    def texts_in(self, handle: Any) -> dict:
+        record = self._record(handle)
+        name = str(record.get("key") or handle.name)
+        return base.texts_of(record, name, self.language, self.caption)
+
+    def _record(self, handle):
+        if isinstance(handle.parsed, RecordError):
+            raise handle.parsed
+        return handle.parsed
+
+
+class _Blob:
+    """The bytes of one record, parsed when first asked for."""
+
+    def __init__(self, data: bytes, name: str):
+        self.data, self.name = data, name
+
+    @functools.cached_property
+    def parsed(self) -> dict[str, Any] | RecordError:
+        try:
+            lists = example_proto.decode(self.data)
+        except RecordError as error:
+            return error
+        return {k: v[0] if len(v) == 1 else v for k, v in lists.items() if v}
+
+
+class TfRecords(_Examples):
+    """TFRecord files through an index of their frames; the checksum of each record is checked.
+
+    pattern: see `files.expand`. Compressed files have no random access and are refused.
+    """
+
+    def __init__(self, pattern: str, language: str = "en", caption: str = ""):
+        self.index = index.opened(files.expand(pattern), scan, VERSION)
+        self.language, self.caption = language, caption
+
+    @functools.cached_property
+    def identity(self) -> str:
+        name = self.index.paths[0].rpartition("/")[2]
+        how = f" {self.language} {self.caption}".rstrip()
+        return f"tfrecord {name} {len(self)} {self.index.digest}{how}"
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def place(self, index: int) -> str:
+        path, number = self.index.file_of(index)
+        return f"{path}: record {number}"
+
+    def fetch(self, indices: Sequence[int]) -> list:
+        return [self._read(i) for i in indices]
+
+    def _read(self, number):
+        path, place = self.index.file_of(number)
+        offset, size = (int(x) for x in self.index.rows[number])
+        data = files.read(path, offset, size + 4)
+        if len(data) < size + 4:
+            return RecordError("truncated", "the file ends inside the record")
+        data, checksum = data[:size], data[size:]
+        if _masked(data) != checksum:
+            return RecordError("corrupt_record", "the record's checksum does not hold")
+        return _Blob(data, f"{path.rpartition('/')[2]} {place}")
+
+
+def scan(path: str) -> index.Scan:
+    """Finds the frames of a TFRecord file."""
+    length = files.size(path)
+    rows, problems, position = [], [], 0
+    digest = hashlib.sha256()
+    if files.read(path, 0, 2) == b"\x1f\x8b":
+        raise ValueError(f"{path} is compressed; decompress it, since gzip has no random access")
+    while position < length:
+        header = files.read(path, position, _HEADER)
+        if len(header) < _HEADER:
+            problems.append(("truncated", f"the file ends inside a frame at byte {position}"))
+            break
+        if _masked(header[:8]) != header[8:]:
+            problems.append(("corrupt_record", f"no frame at byte {position}"))
+            break
+        (size,) = struct.unpack("<Q", header[:8])
+        rows.append((position + _HEADER, size))
+        position += _HEADER + size + 4
+        digest.update(header)
+    return index.Scan(np.array(rows, ROW), digest.hexdigest(), tuple(problems))
+
+
+def frame(data: bytes) -> bytes:
+    """A record as it stands in a TFRecord file."""
+    header = struct.pack("<Q", len(data))
+    return header + _masked(header) + data + _masked(data)
+
+
+def _masked(data):
+    """The format's checksum: CRC-32C, rotated and shifted so that it may be summed itself."""
+    value = _crc32c()(data)
+    value = ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    return struct.pack("<I", value)
+
+
+@functools.cache
+def _crc32c():
+    try:
+        import google_crc32c
+    except ImportError as error:
+        raise ImportError(
+            "TFRecord and parquet need google-crc32c: pip install 'internvl-jax[data]'"
+        ) from error
+    return google_crc32c.value
+
+
+class ArrayRecords(_Examples):
+    """ArrayRecord files of Examples; the records of a batch are read together.
+
+    pattern: see `files.expand`. The library reads local files only: mount or copy a bucket.
+    """
+
+    def __init__(self, pattern: str, language: str = "en", caption: str = ""):
+        self.paths = files.expand(pattern)
+        self.language, self.caption = language, caption
+        for path in self.paths:
+            if files.is_remote(path):
+                raise ValueError(f"{path}: ArrayRecord files are read from a local path only")
+            if not files.exists(path):
+                raise ValueError(f"no data file at {path}")
+        self._open()
+
+    def _open(self):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        try:
+            self._data = ArrayRecordDataSource(self.paths)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"cannot open {self.paths[0]} …: {error}") from error
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_data"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open()
+
+    @functools.cached_property
+    def identity(self) -> str:
+        digest = hashlib.sha256()
+        for path in self.paths:
+            size = files.size(path)
+            # The end of a file holds its index, so it changes with any record's size.
+            digest.update(f"{os.path.basename(path)} {size}".encode())
+            digest.update(files.read(path, max(0, size - 65536)))
+        name = os.path.basename(self.paths[0])
+        how = f" {self.language} {self.caption}".rstrip()
+        return f"arrayrecord {name} {len(self)} {digest.hexdigest()}{how}"
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def fetch(self, indices: Sequence[int]) -> list:
+        try:
+            blobs = self._data.__getitems__(list(indices)) if len(indices) else []
+        except RuntimeError as error:
+            if len(indices) == 1:
+                return [RecordError("corrupt_record", " ".join(str(error).split())[:200])]
+            return [handle for i in indices for handle in self.fetch([i])]
+        return [_Blob(blob, str(i)) for i, blob in zip(indices, blobs, strict=True)]
+
+    def place(self, index: int) -> str:
+        return f"{self.paths[0]}{' …' if len(self.paths) > 1 else ''}: record {index}"
