@@ -53,14 +53,20 @@ def experiment() -> ConfigDict:
             steps=1000,
             data=dict(
                 task="contrastive",
-                sources=(("scenes", 1.0),),  # ("scenes", "digits" or "jsonl:PATH", weight)
+                sources=(("scenes", 1.0),),  # (name or FORMAT:PATH, weight), see docs/data.md
                 tokenizer="",  # path of a SentencePiece model; "" is the one of this package
                 image_size=224,  # pixels per side
                 text_length=80,  # tokens; the released code's limit for captions
                 languages=("en", "zh", "ko", "es"),  # of the embedded sources
-                augment="random_resized_crop",  # or "none"
+                augment="random_resized_crop",  # or another of data/tasks.py, AUGMENTATIONS
                 template="vicuna_v1",  # chat template; only for the task "instruct"
                 rounds=1,  # questions per conversation drawn from embedded data; likewise
+                max_tiles=1,  # squares that the image of a conversation is cut into; likewise
+                crop_scale=(0.5, 1.0),  # limits of a random crop's share of the area
+                decoder="exact",  # Pillow, as the official transforms; "fast" for training
+                workers=0,  # processes that make batches; 0: threads of the training process
+                max_bad_fraction=1e-3,  # of records; above it the run stops and names the last
+                timeout=600.0,  # seconds that a batch may take before the run stops
             ),
             # fsdp may not exceed 128, since the vision tower's width is 3200 = 128 · 25;
             # a pod with more chips sets mesh.replica.

@@ -28,8 +28,18 @@ class _Parser(argparse.ArgumentParser):
     def flags(self) -> list[str]:
         return [flag for action in self._actions for flag in action.option_strings]
 
+    def inner(self, word: str) -> "_Parser":
+        """The parser of a command or verb. Ends the program for one that does not exist."""
+        groups = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        if not groups or word.startswith("-"):
+            return self
+        if word not in groups[0]:
+            hint = configuration.nearest(word, groups[0])
+            self.error(f"unknown command {word!r}; {hint}")
+        return groups[0][word]
 
-COMMANDS = ("train", "evaluate", "generate", "convert", "plan", "demo")
+
+COMMANDS = ("train", "evaluate", "generate", "convert", "plan", "data", "demo")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,18 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(words: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="internvl-jax", description="InternVL in JAX.")
     commands = parser.add_subparsers(metavar="COMMAND")
-    parsers = {}
     for name in COMMANDS:
         build = importlib.import_module(f"internvl_jax.commands.{name}").build
-        parsers[name] = commands.add_parser(name, help=build.__doc__, description=build.__doc__)
-        parsers[name].set_defaults(run=build(parsers[name]))
+        command = commands.add_parser(name, help=build.__doc__, description=build.__doc__)
+        command.set_defaults(run=build(command))
     name = words[0] if words else ""
     if not name:
         parser.error(f"name a command: {', '.join(COMMANDS)}")
-    if name not in COMMANDS and not name.startswith("-"):
-        parser.error(f"unknown command {name!r}; {configuration.nearest(name, COMMANDS)}")
 
-    chosen = parsers.get(name, parser)
+    chosen = parser.inner(name)
+    if len(words) > 1:
+        chosen = chosen.inner(words[1])
     takes_config = "--config" in chosen.flags()
     overrides, words = _split_overrides(words) if takes_config else ([], words)
     for word in words:

@@ -100,7 +100,7 @@ def check(config: ConfigDict) -> None:
         ConfigError: names the field, the value and the nearest valid values.
     """
     from internvl_jax import objectives
-    from internvl_jax.data import conversation, pipelines, text
+    from internvl_jax.data import conversation, pictures, pipelines, sources, text
     from internvl_jax.evals import evaluator
     from internvl_jax.models import config as models
 
@@ -119,9 +119,12 @@ def check(config: ConfigDict) -> None:
         _one_of("data.languages", language, text.LANGUAGES)
     for name in config.evals:
         _one_of("evals", name, evaluator.EVALUATORS)
+    _one_of("data.decoder", config.data.decoder, pictures.DECODERS)
     for source, _ in config.data.sources:
-        if not source.startswith("jsonl:"):
-            _one_of("data.sources", source.partition("/")[0], ("scenes", "digits", "jsonl:PATH"))
+        kind, colon, path = source.partition(":")
+        if not (colon and path and kind in sources.FORMATS):
+            known = (*sources.EMBEDDED, *(f"{name}:PATH" for name in sources.FORMATS))
+            _one_of("data.sources", source.partition("/")[0], known)
     for field in ("batch_size", "chunks", "steps", "log_every"):
         if config[field] < 1:
             raise ConfigError(f"config key {field!r} must be at least 1, got {config[field]}")

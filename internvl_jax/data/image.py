@@ -78,6 +78,15 @@ def _rgb(file, max_pixels):
         raise RecordError("corrupt_image", f"cannot be read as an image: {error}") from error
 
 
+def header(data: bytes) -> tuple[int, int, str]:
+    """(width, height, name of the format) of an encoded image, from its header alone."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return *image.size, (image.format or "").lower()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RecordError("corrupt_image", f"cannot be read as an image: {error}") from error
+
+
 def check_size(width: int, height: int, max_pixels: int) -> None:
     """Raises RecordError for an image whose header claims more than `max_pixels`."""
     if width * height > max_pixels:

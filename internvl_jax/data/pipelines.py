@@ -55,7 +55,16 @@ class Pipeline:
 
         A record that turns out bad when it is read is replaced; see `stream.Batches`.
         """
-        return ["{}:{}".format(*self.places[n]) for n in self.batches.numbers(step)]
+        return self.batches.ids(step)
+
+    def place(self, record: str) -> str:
+        """Where the record of an id lies."""
+        source, index = (int(number) for number in record.split(":"))
+        return self.sources[source].place(index)
+
+    def iterate_ids(self, start_step: int = 0) -> stream.Reader:
+        """The ids of batches alone (`stream.Ids`), by the same readers."""
+        return stream.Reader(self.batches.unread(), start_step, **self.reading)
 
     def iterate(self, start_step: int = 0) -> stream.Reader:
         """Batches from `start_step` on, prepared ahead. Close the iterator after use."""
@@ -160,7 +169,7 @@ def build(
     content = dict(
         version=_VERSION,
         settings=settings,
-        sources=[[source.identity, weight] for source, weight in opened],
+        sources={str(k): [source.identity, weight] for k, (source, weight) in enumerate(opened)},
         tokenizer=tokenizer.digest,
     )
     return Pipeline(

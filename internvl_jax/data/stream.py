@@ -17,6 +17,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from internvl_jax.data.errors import RecordError
 
@@ -39,7 +40,7 @@ class Skipped:
 
 
 class Batches(grain.MapDataset):
-    """Batch number → (arrays of its rows, the records skipped for it), endless.
+    """Batch number → (arrays of its rows, the records skipped for it, their ids), endless.
 
     places: example number → (source number, record number).
     make: (source number, handle, generator) → example, a dict of arrays, or RecordError.
@@ -66,6 +67,15 @@ class Batches(grain.MapDataset):
         """Numbers of the examples in this process's part of a batch."""
         return [step * self._batch_size + row for row in self._rows]
 
+    def ids(self, step: int) -> list[str]:
+        """The records that the rows are to hold, "SOURCE:RECORD", if none of them is bad."""
+        return ["{}:{}".format(*self._places[n]) for n in self.numbers(step)]
+
+    def unread(self) -> "Ids":
+        """The same sequence without its records."""
+        sources, make = self._sources, self._make
+        return Ids(self._places, sources, make, self._batch_size, self._rows, self._seed)
+
     def __getitem__(self, step):
         if isinstance(step, slice):
             return self.slice(step)
@@ -73,12 +83,13 @@ class Batches(grain.MapDataset):
         places = [self._places[n] for n in numbers]
         handles = self._fetch(places)
         skipped: list[Skipped] = []
-        examples = [
-            self._example(n, *place, handle, skipped)
-            for n, place, handle in zip(numbers, places, handles, strict=True)
-        ]
+        examples, ids = [], []
+        for number, place, handle in zip(numbers, places, handles, strict=True):
+            example, index = self._example(number, *place, handle, skipped)
+            examples.append(example)
+            ids.append(f"{place[0]}:{index}")
         batch = {name: np.stack([x[name] for x in examples]) for name in examples[0]}
-        return batch, tuple(dataclasses.astuple(s) for s in skipped)
+        return batch, tuple(dataclasses.astuple(s) for s in skipped), ids
 
     def _fetch(self, places):
         """Handles of records; those of one source are read together."""
@@ -98,7 +109,7 @@ class Batches(grain.MapDataset):
             try:
                 if isinstance(handle, RecordError):
                     raise handle
-                return self._make(source, handle, generator(self._seed, number))
+                return self._make(source, handle, generator(self._seed, number)), index
             except RecordError as error:
                 last = error.at(opened.place(index))
                 skipped.append(Skipped(last.place, last.cause, last.message))
@@ -125,6 +136,16 @@ def _other(seed, number, attempt, count):
     return int.from_bytes(digest[:8], "little") % count
 
 
+class Ids(Batches):
+    """The same sequence without reading a record: batch number → ({"ids": strings}, (), ids)."""
+
+    def __getitem__(self, step):
+        if isinstance(step, slice):
+            return self.slice(step)
+        ids = self.ids(step)
+        return {"ids": np.array(ids)}, (), ids
+
+
 class Reader(Iterator[dict[str, np.ndarray]]):
     """Batches from `start` on, prepared ahead. Close it after use.
 
@@ -133,7 +154,8 @@ class Reader(Iterator[dict[str, np.ndarray]]):
     max_bad_fraction: share of bad records above which StreamError is raised, judged from the
     10,000th record on, or as soon as more are bad than that many records may have.
 
-    skipped: how many records were left out so far, by cause; seen: records used.
+    skipped: how many records were left out so far, by cause; seen: records used; ids: which
+    records the rows of the last batch hold.
     """
 
     def __init__(
@@ -148,13 +170,15 @@ class Reader(Iterator[dict[str, np.ndarray]]):
         max_bad_fraction: float = 1e-3,
     ):
         self.skipped: collections.Counter[str] = collections.Counter()
-        self.seen = 0
+        self.seen, self.ids = 0, []
         self._timeout, self._max_bad_fraction = timeout, max_bad_fraction
         self._batches, self._next = batches, start
         self._stop = threading.Event()
         self._done: dict[int, queue.Queue] = {}
         self._inner = None
         if workers:
+            if not flags.FLAGS.is_parsed():  # Grain has flags, of which we set none
+                flags.FLAGS.mark_as_parsed()
             # A slice begins at `start` for any number of workers, without a state to restore.
             rest = batches[start : len(batches)].to_iter_dataset(grain.ReadOptions(num_threads=1))
             options = grain.MultiprocessingOptions(num_workers=workers)
@@ -190,7 +214,7 @@ class Reader(Iterator[dict[str, np.ndarray]]):
                 del self._results_at[self._next]
             self._free.release()
         self._next += 1
-        batch, skipped = value
+        batch, skipped, self.ids = value
         self._count(len(next(iter(batch.values()))), skipped)
         return batch
 

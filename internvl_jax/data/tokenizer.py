@@ -57,6 +57,9 @@ class Tokenizer:
         self._cached = functools.lru_cache(_CACHE_SIZE)(self._pieces)
         self._row = functools.lru_cache(_CACHE_SIZE)(self._padded)
 
+    def __reduce__(self):
+        return Tokenizer, (self.path,)  # for worker processes; the caches stay here
+
     def encode(
         self,
         text: str,

@@ -17,7 +17,6 @@ import jax
 
 from internvl_jax import objectives, rules, sharding
 from internvl_jax.data import pipelines
-from internvl_jax.data.tokenizer import Tokenizer
 from internvl_jax.models import config as models
 from internvl_jax.models import init
 from internvl_jax.train import (
@@ -31,6 +30,7 @@ from internvl_jax.train import (
     workdir,
 )
 from internvl_jax.train import state as states
+from internvl_jax.train.batches import batches_of
 from internvl_jax.train.step import make_train_step
 
 
@@ -105,7 +105,13 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
         with processes.together(workdir.WorkdirError):
             if jax.process_index() == 0:
                 resuming = bool(checkpoints.steps())
-                workdir.claim(path, settings, pipeline.fingerprint, resuming=resuming)
+                workdir.claim(
+                    path,
+                    settings,
+                    pipeline.fingerprint,
+                    resuming=resuming,
+                    data_content=pipeline.content,
+                )
         restored = checkpoints.restore(abstract)
         if restored is not None:
             state = restored[0]
@@ -152,6 +158,8 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
                 )
             if step % config.log_every == 0 or step == config.steps:
                 values.update(speed.report())
+                if skipped := sum(batches.skipped.values()):
+                    values["records_skipped"] = float(skipped)
                 log.write(step, values)
             last.update(values)
             if values["nonfinite_in_a_row"] >= config.max_nonfinite:
@@ -222,8 +230,8 @@ def _pipeline(
     config: Any, model_config: Any, shapes: dict, mesh: jax.sharding.Mesh
 ) -> pipelines.Pipeline:
     """The data of `config.data`: the rows of each batch that this process's devices hold."""
-    fields = dict(config.data)
-    tokenizer = Tokenizer(fields.pop("tokenizer", "") or None)
+    rows = None if jax.process_count() == 1 else sharding.local_rows(mesh, config.batch_size)
+    pipeline, tokenizer = batches_of(config, model_config, rows)
     for path, leaf in rules.flatten(shapes).items():
         # A token beyond the table would be looked up as NaN.
         if path.endswith("embed/embedding") and leaf.shape[0] < tokenizer.vocab_size:
@@ -231,14 +239,7 @@ def _pipeline(
                 f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, but {path} has "
                 f"{leaf.shape[0]} rows; set model.vocab_size, or data.tokenizer to the model's own"
             )
-    return pipelines.build(
-        **fields,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        tokenizer=tokenizer,
-        num_image_tokens=getattr(model_config, "tokens_per_image", 0),
-        rows=None if jax.process_count() == 1 else sharding.local_rows(mesh, config.batch_size),
-    )
+    return pipeline
 
 
 def to_devices(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:

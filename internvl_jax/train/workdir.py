@@ -1,6 +1,7 @@
 """The work directory of a run: writable, owned by one run at a time, and of one experiment.
 
 <workdir>/config.json      the resolved config of the last run in it
+          data.json        what its batches are made of, and the fingerprint of that
           checkpoints/     see `checkpoint`
           metrics.jsonl, tensorboard/
           lock             who is writing here now
@@ -118,12 +119,20 @@ def _lines(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
     return [f"{name}: {old!r} → {new!r}" for name, (old, new) in changes.items()]
 
 
-def claim(path: Path, config: Mapping[str, Any], fingerprint: str, *, resuming: bool) -> None:
+def claim(
+    path: Path,
+    config: Mapping[str, Any],
+    fingerprint: str,
+    *,
+    resuming: bool,
+    data_content: Mapping[str, Any] | None = None,
+) -> None:
     """Write config.json and data.json; on resume first compare with those of the run before.
 
     config: the resolved experiment as JSON values; fingerprint: of everything that decides the
-      batches. Prints what has changed; raises WorkdirError, with the difference, for another
-      model, objective, trainable set or seed, and for other data.
+      batches; data_content: that itself, to show a difference by.
+    Prints what has changed; raises WorkdirError, with the difference, for another model,
+    objective, trainable set or seed, and for other data.
     """
     config = json.loads(json.dumps(config))
     before, data = _read_json(path / "config.json"), _read_json(path / "data.json")
@@ -137,6 +146,8 @@ def claim(path: Path, config: Mapping[str, Any], fingerprint: str, *, resuming: 
             )
         if data is not None and data.get("fingerprint") != fingerprint:
             cause = {n: c for n, c in changes.items() if n.split(".")[0] in ("data", "batch_size")}
+            if data.get("content") and data_content is not None:
+                cause |= differences(data["content"], data_content)
             what = "; ".join(_lines(cause)) or "the same config now reads other records"
             raise WorkdirError(
                 f"the data of the run in {path} have changed, so it cannot go on as it began: "
@@ -146,7 +157,8 @@ def claim(path: Path, config: Mapping[str, Any], fingerprint: str, *, resuming: 
         for line in _lines(changes):
             print(f"config changed on resume: {line}", file=sys.stderr)
     _write_json(path / "config.json", config)
-    _write_json(path / "data.json", {"fingerprint": fingerprint})
+    told = {} if data_content is None else {"content": data_content}
+    _write_json(path / "data.json", {"fingerprint": fingerprint, **told})
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

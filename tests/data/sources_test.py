@@ -154,7 +154,7 @@ def test_sources_by_name(folder):
     assert len(sources.open_source("digits/test", 16)) == 360
     path = write(folder, {"image": "images/a.png", "caption": "a cat"})
     assert len(sources.open_source(f"jsonl:{path}", 16)) == 1
-    with pytest.raises(ValueError, match="unknown data source 'coco'; use one of scenes, digits, webdata"):
+    with pytest.raises(ValueError, match="unknown data source 'coco'; use one of scenes, digits"):
         sources.open_source("coco", 16)
     with pytest.raises(ValueError, match="no data file at"):
         sources.open_source(f"jsonl:{folder}/absent.jsonl", 16)

@@ -14,6 +14,7 @@ Pipelines read by handles (`fetch`, `image_in`, `texts_in`), which leaves images
 """
 
 import inspect
+import os
 from collections.abc import Callable
 from urllib.parse import parse_qsl
 
@@ -47,6 +48,18 @@ FORMATS: dict[str, Callable[..., Source]] = {
     "tfds": _tfds,
 }
 EMBEDDED = ("scenes", "digits")
+ENDINGS = {
+    ".tar": "webdataset",
+    ".tfrecord": "tfrecord",
+    ".tfrecords": "tfrecord",
+    ".array_record": "arrayrecord",
+    ".arrayrecord": "arrayrecord",
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
 
 __all__ = [
     "EMBEDDED",
@@ -67,8 +80,26 @@ __all__ = [
     "WebDataset",
     "chat_mixture",
     "open_source",
+    "spec_of",
     "stable_number",
 ]
+
+
+def spec_of(path: str) -> str:
+    """The name for `open_source` of a file or folder, by its ending; a name stands for itself."""
+    kind, colon, _ = path.partition(":")
+    if (colon and kind in FORMATS) or path.partition("/")[0] in EMBEDDED:
+        return path
+    bare = path.partition("?")[0] if "=" in path else path
+    for ending, kind in ENDINGS.items():
+        if bare.rstrip("]}*").endswith(ending) or f"{ending}-" in bare.rpartition("/")[2]:
+            return f"{kind}:{path}"
+    if os.path.isdir(bare):
+        return f"folder:{path}"
+    raise ValueError(
+        f"the format of {path} is not known by its ending; write FORMAT:{path} with one of "
+        f"{', '.join(FORMATS)}"
+    )
 
 
 def open_source(spec: str, image_size: int = 0) -> Source:

@@ -12,6 +12,7 @@ from internvl_jax.data.errors import RecordError
 
 CONVERSATION_KEYS = ("conversations", "conversation")
 CAPTION_KEYS = ("caption", "captions", "txt", "text", "TEXT", "title")
+MAX_CHARACTERS = 1 << 16  # of a text; what follows lies far beyond any context
 IMAGE_KEYS = ("image", "jpg", "jpeg", "png", "webp", "img", "image/encoded", "image_bytes")
 
 
@@ -149,13 +150,13 @@ def _captions(captions, language):
 def _text(value):
     if isinstance(value, bytes):
         try:
-            return value.decode()
+            value = value.decode()
         except UnicodeDecodeError as error:
             raise RecordError("invalid_text", f"the caption is not UTF-8: {error}") from error
     if not isinstance(value, str):
         raise RecordError("invalid_text", '"caption" must be a text or {language: text}')
     # Half of a surrogate pair, as broken JSON escapes give, has no UTF-8 form.
-    return value.encode("utf-8", "replace").decode()
+    return value[:MAX_CHARACTERS].encode("utf-8", "replace").decode()
 
 
 def _rounds(turns):

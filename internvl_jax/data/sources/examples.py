@@ -103,7 +103,7 @@ def scan(path: str) -> index.Scan:
         raise ValueError(f"{path} is compressed; decompress it, since gzip has no random access")
     while position < length:
         header = files.read(path, position, _HEADER)
-        if len(header) < _HEADER:
+        if len(header) < _HEADER or position + _HEADER > length:
             problems.append(("truncated", f"the file ends inside a frame at byte {position}"))
             break
         if _masked(header[:8]) != header[8:]:

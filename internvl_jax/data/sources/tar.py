@@ -168,9 +168,8 @@ def members(path: str, problems: list) -> Iterator[tuple[str, int, int, str]]:
             long_name, attributes = None, {}
         position = data + -(-size // _BLOCK) * _BLOCK
         if data + size > length:
-            problems.append(("truncated", f"the tar ends inside a member at byte {data}"))
-            return
-    if position < length or position > length:
+            return  # reading the record tells that it is truncated
+    if position < length:
         problems.append(("truncated", f"the tar ends inside a header at byte {position}"))
 
 
