@@ -25,6 +25,11 @@ CORE = [
     "tqdm>=4.66",
 ]
 DATA = [
+    "fsspec>=2025.2",  # s3:// and other addresses; gs:// with the extra [gcs]
+    "google-crc32c>=1.6",  # checksums of TFRecord
+    "opencv-python-headless>=4.10",  # the fast decoder: resizing
+    "pyarrow>=18",  # parquet
+    "simplejpeg>=1.8",  # the fast decoder: JPEG
     "tensorflow-datasets>=4.9.8",
     "importlib_resources",  # tensorflow-datasets imports it without declaring it
 ]
@@ -56,6 +61,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "torch": ["torch>=2.6", "transformers>=5"],  # independent references of the slow tests
         "data": DATA,
+        "gcs": ["gcsfs>=2025.2"],  # gs:// addresses of data
         "eval": EVAL,
         "demo": DEMO,
         "dev": [*DATA, *EVAL, *DEMO, *DEV],

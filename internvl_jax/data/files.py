@@ -1,7 +1,7 @@
 """Files by path or address (gs://, s3://, memory:// …): the one layer that every source reads by.
 
 Local files are read with `pread`, which any number of threads may do at once; addresses go through
-fsspec, whose gs:// needs gcsfs (both in the extra [data]).
+fsspec (extra [data]), which needs gcsfs for gs:// (extra [gcs]).
 """
 
 import functools
@@ -139,11 +139,12 @@ def cache_folder() -> pathlib.Path:
 def _filesystem(path: str):
     try:
         import fsspec
+
+        return fsspec.core.url_to_fs(path)
     except ImportError as error:
         raise ImportError(
-            f"reading {path} needs fsspec: pip install 'internvl-jax[data]'"
+            f"reading {path}: {error}; pip install 'internvl-jax[data,gcs]'"
         ) from error
-    return fsspec.core.url_to_fs(path)
 
 
 class _Descriptor:

@@ -111,9 +111,12 @@ class CsvImages(_Listed):
             raise ValueError(f"{self.path}: the first line must be a header that names the columns")
         header = self._text(0).lstrip("\ufeff")
         self._separator = max(",\t|;", key=header.count)
-        columns = [name.strip() for name in next(csv.reader([header], delimiter=self._separator))]
+        columns = [name.strip() for name in next(self._cells(header))]
         self._image = self._column(columns, PATH_KEYS, "image")
         self._caption = self._column(columns, CSV_CAPTIONS, "caption")
+
+    def _cells(self, text):
+        return csv.reader([text], delimiter=self._separator, skipinitialspace=True)
 
     def _column(self, columns, names, what):
         for name in names:
@@ -136,7 +139,7 @@ class CsvImages(_Listed):
 
     def record(self, handle: int) -> Mapping[str, Any]:
         try:
-            rows = list(csv.reader([self._text(handle + 1)], delimiter=self._separator))
+            rows = list(self._cells(self._text(handle + 1)))
         except csv.Error as error:
             raise RecordError("corrupt_record", f"not valid CSV: {error}") from error
         cells = [cell.strip() for cell in rows[0]] if rows else []
