@@ -70,6 +70,7 @@ class WebDataset(base.Source):
         if row["text_at"] and not self.caption:
             record["caption"] = self._part(handle, "text")
         if not record:
+            self._part(handle, "image")  # in a tar that ends too early, that is what is wrong
             raise RecordError("missing_text", "the record has no .txt or .json member")
         path, number = self.index.file_of(handle)
         name = f"{path.rpartition('/')[2]} {number}"
