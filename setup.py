@@ -21,6 +21,7 @@ CORE = [
     "pillow>=11",
     "ml-dtypes>=0.5",
     "safetensors>=0.5",
+    "protobuf>=5.29",  # records of TFRecord and ArrayRecord
     "tensorboard>=2.19",  # its summary writer needs no TensorFlow
     "tqdm>=4.66",
 ]

@@ -16,6 +16,18 @@ from internvl_jax.configs import common
 
 IMAGE_TOKENS = 576  # (336 / 14)²
 
+# The mixture of about 4 M conversations (Table 3; names and sizes in thousands from the released
+# meta file, OKVQA twice). It also takes the meta file itself: ("chat:data/sft/meta.json", 1.0).
+_SIZES = dict(
+    llava_instruct=150, vqav2=83, chartqa=18, docvqa=10, stvqa=19, estvqa=17, infovqa=4,
+    ocrvqa=206, textcap=21, coco=567, svit=426, okvqa=2 * 9, aokvqa=66, gqa=943, refcoco=284,
+    llavar=20, lrv_instruction=68, lrv_chart=7, toloka=39, vsr=8, iconqa=30, ai2d=12, visdial=123,
+    llava_mix=665,
+)
+SFT_MIXTURE = tuple(
+    (f"jsonl:data/sft/{name}.jsonl?root=data/images", float(size)) for name, size in _SIZES.items()
+)
+
 
 def get_config(arg: str = "") -> ConfigDict:
     words = common.options(arg, "projector", "qllama", "tiny")
@@ -44,12 +56,14 @@ def get_config(arg: str = "") -> ConfigDict:
         image_size=336,
         # 2048 text tokens; the image takes its place after truncation.
         text_length=2048 + IMAGE_TOKENS,
-        augment="none",
+        augment="pad_to_square",  # `--image_aspect_ratio pad` of the released script
         tokenizer="checkpoints/vicuna_13b/tokenizer.model",  # 32,000 pieces
         template="vicuna_v1",
     )
     with config.ignore_type():
-        config.data.sources = (("jsonl:data/llava_v1_5_mix665k.jsonl", 1.0),)
+        config.data.sources = (
+            ("jsonl:data/llava_v1_5_mix665k.jsonl?root=data/images", 1.0),
+        )
 
     if "projector" in words:
         config.trainable = r"projector/.*"
@@ -58,8 +72,11 @@ def get_config(arg: str = "") -> ConfigDict:
         config.batch_size = 256
         config.steps = 2_180  # one pass over LCS-558K
         config.data.template = "plain"  # the caption alone follows the image
+        config.data.augment = "center_crop"  # the released script's default here
         with config.ignore_type():
-            config.data.sources = (("jsonl:data/blip_laion_cc_sbu_558k.jsonl", 1.0),)
+            config.data.sources = (
+                ("jsonl:data/blip_laion_cc_sbu_558k.jsonl?root=data/images", 1.0),
+            )
         # The decoder is a converted language model, under its name here (`internvl-jax convert`).
         config.init_from = (
             dict(path="checkpoints/vicuna_13b", rename=((r"llama/(.*)", r"llm/\1"),)),
@@ -90,4 +107,4 @@ def _with_middleware(config: ConfigDict, projector_only: bool) -> None:
     config.optimizer.warmup_steps = 234  # 3 % of the steps
     config.data.text_length = 2048 + 256 + 96  # text, patches, query outputs
     with config.ignore_type():
-        config.data.sources = (("jsonl:data/internvl_sft_4m.jsonl", 1.0),)
+        config.data.sources = SFT_MIXTURE

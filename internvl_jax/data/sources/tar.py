@@ -2,8 +2,8 @@
 
 The headers of a tar are scanned once for where each member lies; a record is then one `pread` per
 part. Nothing is ever extracted to disk. Members with one name up to the first dot, one after
-another, are one record: an image, a caption (.txt) and metadata (.json, with "caption" or
-"conversations").
+another, are one record: an image, and a caption (.txt) or, where there is none, metadata (.json,
+with "caption" or "conversations").
 """
 
 import functools
@@ -23,8 +23,9 @@ TEXTS = {"txt", "caption", "text"}
 _BLOCK = 512
 _REMOTE_BLOCK = 8 * 2**20  # bytes per request when the headers of a remote tar are scanned
 # Offset and size of each part; size 0 stands for none, of an empty text as well.
+_PARTS = ("image", "text", "json")
 ROW = np.dtype(
-    [(f"{part}_{what}", kind) for part in ("image", "text", "json")
+    [(f"{part}_{what}", kind) for part in _PARTS
      for what, kind in (("at", "<u8"), ("size", "<u4"))]
 )
 
@@ -63,13 +64,12 @@ class WebDataset(base.Source):
         return data
 
     def texts_in(self, handle: int) -> dict:
-        record = {}
-        row = self.index.rows[handle]
-        if row["json_at"]:
-            record["json"] = self._part(handle, "json")
-        if row["text_at"] and not self.caption:
-            record["caption"] = self._part(handle, "text")
-        if not record:
+        _, _, text_at, _, json_at, _ = self.index.rows[handle].item()
+        if text_at and not self.caption:
+            record = {"caption": self._part(handle, "text")}
+        elif json_at:
+            record = {"json": self._part(handle, "json")}
+        else:
             self._part(handle, "image")  # in a tar that ends too early, that is what is wrong
             raise RecordError("missing_text", "the record has no .txt or .json member")
         path, number = self.index.file_of(handle)
@@ -77,8 +77,8 @@ class WebDataset(base.Source):
         return base.texts_of(record, name, self.language, self.caption)
 
     def _part(self, handle, part):
-        row = self.index.rows[handle]
-        offset, size = int(row[f"{part}_at"]), int(row[f"{part}_size"])
+        row = self.index.rows[handle].item()
+        offset, size = row[2 * _PARTS.index(part) : 2 * _PARTS.index(part) + 2]
         if not size:
             return b""
         path, _ = self.index.file_of(handle)
