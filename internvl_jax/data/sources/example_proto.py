@@ -19,33 +19,34 @@ _LISTS = {"bytes_list": _FIELD.TYPE_BYTES, "float_list": _FIELD.TYPE_FLOAT,
           "int64_list": _FIELD.TYPE_INT64}
 
 
-def decode(data: bytes) -> dict[str, list]:
-    """Lists of values by name. Raises RecordError where the bytes are not an Example."""
+def parse(data: bytes) -> Mapping[str, Any]:
+    """The features by name, as messages. Raises RecordError where the bytes are not an Example."""
     try:
-        features = _example_class().FromString(data).features.feature
+        return _example_class().FromString(data).features.feature
     except message.DecodeError as error:
         raise RecordError("corrupt_record", f"not a tf.train.Example: {error}") from error
-    found = {}
-    for name, feature in features.items():
-        kind = feature.WhichOneof("kind")
-        found[name] = list(getattr(feature, kind).value) if kind else []
-    return found
+
+
+def values(feature: Any) -> list:
+    """What a feature holds: bytes, floats or integers."""
+    kind = feature.WhichOneof("kind")
+    return list(getattr(feature, kind).value) if kind else []
 
 
 def encode(features: Mapping[str, Value | Sequence[Value]]) -> bytes:
     """An Example of the values; equal values give equal bytes."""
     example = _example_class()()
-    for name, values in features.items():
-        if isinstance(values, bytes | str | int | float):
-            values = [values]
-        if all(isinstance(v, int) for v in values):
+    for name, given in features.items():
+        if isinstance(given, bytes | str | int | float):
+            given = [given]
+        if all(isinstance(v, int) for v in given):
             kind = "int64_list"
-        elif all(isinstance(v, int | float) for v in values):
+        elif all(isinstance(v, int | float) for v in given):
             kind = "float_list"
         else:
             kind = "bytes_list"
-            values = [v.encode() if isinstance(v, str) else v for v in values]
-        getattr(example.features.feature[name], kind).value.extend(values)
+            given = [v.encode() if isinstance(v, str) else v for v in given]
+        getattr(example.features.feature[name], kind).value.extend(given)
     return example.SerializeToString(deterministic=True)
 
 

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,37 +23,38 @@ class _Examples(base.Source):
 
     language, caption = "en", ""
 
-    def image_in(self, handle: Any) -> bytes:
-        record = self._record(handle)
-        data = base.first(record, base.IMAGE_KEYS)
-        if not isinstance(data, bytes) or not data:
-            raise RecordError("missing_image", f"no image among {', '.join(sorted(record))}")
-        return data
+    def image_in(self, handle: "_Blob") -> bytes:
+        features = handle.features()
+        for key in base.IMAGE_KEYS:
+            if key in features:
+                found = features[key].bytes_list.value
+                if len(found) == 1 and found[0]:
+                    return found[0]
+        names = ", ".join(sorted(features)) or "no features"
+        raise RecordError("missing_image", f"no image among {names}")
 
-    def texts_in(self, handle: Any) -> dict:
-        record = self._record(handle)
-        name = str(record.get("key") or handle.name)
-        return base.texts_of(record, name, self.language, self.caption)
-
-    def _record(self, handle):
-        if isinstance(handle.parsed, RecordError):
-            raise handle.parsed
-        return handle.parsed
+    def texts_in(self, handle: "_Blob") -> dict:
+        record = {}
+        for name, feature in handle.features().items():
+            if name not in base.IMAGE_KEYS:
+                found = example_proto.values(feature)
+                if found:
+                    record[name] = found[0] if len(found) == 1 else found
+        return base.texts_of(record, handle.name, self.language, self.caption)
 
 
 class _Blob:
     """The bytes of one record, parsed when first asked for."""
 
-    def __init__(self, data: bytes, name: str):
-        self.data, self.name = data, name
+    __slots__ = ("_data", "_features", "name")
 
-    @functools.cached_property
-    def parsed(self) -> dict[str, Any] | RecordError:
-        try:
-            lists = example_proto.decode(self.data)
-        except RecordError as error:
-            return error
-        return {k: v[0] if len(v) == 1 else v for k, v in lists.items() if v}
+    def __init__(self, data: bytes, name: str):
+        self._data, self._features, self.name = data, None, name
+
+    def features(self) -> Mapping[str, Any]:
+        if self._features is None:
+            self._features = example_proto.parse(self._data)
+        return self._features
 
 
 class TfRecords(_Examples):

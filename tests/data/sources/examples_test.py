@@ -48,7 +48,8 @@ def test_examples_are_those_of_tensorflow():
     assert list(feature["b"].bytes_list.value) == values["b"]
     assert list(feature["f"].float_list.value) == values["f"]
     assert list(feature["i"].int64_list.value) == values["i"]
-    decoded = example_proto.decode(theirs.SerializeToString())
+    features = example_proto.parse(theirs.SerializeToString())
+    decoded = {name: example_proto.values(feature) for name, feature in features.items()}
     assert decoded == {**values, "s": ["ü".encode()]}
 
 
