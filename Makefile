@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV := .venv
 READY := $(VENV)/.installed
 READY_ALL := $(VENV)/.installed-all
+READY_CURATE := .venv-curate/.installed
 INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile \
 	--disable-pip-version-check --constraint=constraints.txt
 # A worker per core; the tests of a file share what they train, so they stay together.
@@ -28,7 +29,7 @@ demo: $(READY)
 test: $(READY)
 	$(PYTEST)
 
-test-all: $(READY_ALL)
+test-all: $(READY_ALL) $(READY_CURATE)
 	$(PYTEST) -m "slow or not slow"
 
 lint: $(READY)
@@ -45,5 +46,12 @@ $(READY_ALL): $(READY)
 	$(INSTALL) --editable ".[dev,torch,plan]"
 	@touch $@
 
+# Apache Beam caps packages below constraints.txt: its pipelines are tested in an environment apart.
+$(READY_CURATE): constraints-curate.txt
+	$(PYTHON) -m venv .venv-curate
+	.venv-curate/bin/python -m pip install --quiet --no-compile --disable-pip-version-check \
+		--only-binary=apache-beam --requirement=constraints-curate.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-curate build dist *.egg-info

@@ -34,11 +34,14 @@ DATA = [
     "tensorflow-datasets>=4.9.8",
     "importlib_resources",  # tensorflow-datasets imports it without declaring it
 ]
+# filter and dedup; pip takes older pillow, protobuf and pyarrow for Beam than constraints.txt has
+CURATE = ["apache-beam>=2.70", "datasketch>=1.6", "pyarrow>=18"]
 EVAL = ["pycocoevalcap>=1.2", "scikit-learn>=1.5"]  # CIDEr; linear probes
 DEMO = [*EVAL, "jinja2>=3.1"]  # scikit-learn also ships the handwritten digits; the report
 DEV = [
     "pytest>=8",
     "pytest-xdist>=3.6",  # the tests on all cores
+    "datasketch>=1.6",  # near-duplicate captions, tested without Beam
     "ruff>=0.8",
     "setuptools>=77",  # builds the wheel that tests/packaging_test.py inspects
 ]
@@ -62,6 +65,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "torch": ["torch>=2.6", "transformers>=5"],  # independent references of the slow tests
         "data": DATA,
+        "curate": CURATE,
         "gcs": ["gcsfs>=2025.2"],  # gs:// addresses of data
         "eval": EVAL,
         "demo": DEMO,

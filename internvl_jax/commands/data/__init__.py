@@ -8,7 +8,17 @@ import importlib
 
 from internvl_jax.commands import Run
 
-VERBS = ("validate", "index", "stats", "show", "ids", "convert")
+VERBS = (
+    "validate",
+    "index",
+    "stats",
+    "show",
+    "ids",
+    "convert",
+    "score",
+    "filter",
+    "dedup",
+)
 PATH_HELP = (
     "file, pattern (shards/{00000..00099}.tar) or folder; where the ending does not tell the "
     "format, FORMAT:PATH"

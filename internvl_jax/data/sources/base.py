@@ -46,6 +46,10 @@ class Source:
     def questions_in(self, handle: Any) -> tuple:
         return ()
 
+    def metadata_in(self, handle: Any) -> Mapping[str, Any]:
+        """What the record holds beside image and text, as scores: values by name."""
+        return {}
+
     def place(self, index: int) -> str:
         """Where a record lies, for messages."""
         return f"{self.identity}, record {index}"

@@ -65,6 +65,9 @@ class Selected(Source):
     def questions_in(self, handle: Any) -> tuple:
         return self.source.questions_in(handle)
 
+    def metadata_in(self, handle: Any):
+        return self.source.metadata_in(handle)
+
 
 class Concatenated(Source):
     """Sources after one another, each `times` over.

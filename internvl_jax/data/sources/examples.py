@@ -42,6 +42,13 @@ class _Examples(base.Source):
                     record[name] = found[0] if len(found) == 1 else found
         return base.texts_of(record, handle.name, self.language, self.caption)
 
+    def metadata_in(self, handle: "_Blob") -> dict:
+        found = {}
+        for name, feature in handle.features().items():
+            if name not in base.IMAGE_KEYS and (given := example_proto.values(feature)):
+                found[name] = given[0]
+        return {**(base.parsed_json(found["json"]) if "json" in found else {}), **found}
+
 
 class _Blob:
     """The bytes of one record, parsed when first asked for."""

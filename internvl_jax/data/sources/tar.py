@@ -76,6 +76,10 @@ class WebDataset(base.Source):
         name = f"{path.rpartition('/')[2]} {number}"
         return base.texts_of(record, name, self.language, self.caption)
 
+    def metadata_in(self, handle: int) -> dict:
+        data = self._part(handle, "json")
+        return base.parsed_json(data) if data else {}
+
     def _part(self, handle, part):
         row = self.index.rows[handle].item()
         offset, size = row[2 * _PARTS.index(part) : 2 * _PARTS.index(part) + 2]
