@@ -9,6 +9,7 @@ from internvl_jax.data.tokenizer import Tokenizer
 from internvl_jax.evals.captioning import Captioning
 from internvl_jax.evals.chat import ChatAnswers
 from internvl_jax.evals.retrieval import Relation, Retrieval
+from internvl_jax.evals.video import Video
 from internvl_jax.evals.zero_shot import ZeroShot
 from internvl_jax.models import ChatConfig, InternVLConfig, ModelConfig
 
@@ -19,6 +20,7 @@ EVALUATORS = {
     "relation": Relation,
     "caption": Captioning,
     "chat": ChatAnswers,
+    "video": Video,
 }
 # Fields that the run gives, not the evaluator's own options.
 _GIVEN = ("tokenizer", "details")
@@ -75,9 +77,9 @@ def build(
             del inherited["template"]  # captions only; it cannot ask a question
         fields = {k: v for k, v in inherited.items() if k in known}
         fields = {"every": AT_THE_END, **fields, **options}
-        for key in ("languages", "modes"):
-            if fields.get(key) is not None:
-                fields[key] = tuple(fields[key])
+        for key, value in fields.items():
+            if isinstance(value, list):  # as they come out of JSON
+                fields[key] = tuple(value)
         if fields["every"] < 1:
             raise EvaluatorError(f"evaluator {name!r}: every={fields['every']} must be at least 1")
         built[name] = cls(tokenizer=tokenizer, **fields)

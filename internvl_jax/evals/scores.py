@@ -43,16 +43,52 @@ def ranks(
     rank, hits = [], []
     for start in range(0, len(queries), block):
         scores = queries[start : start + block] @ gallery.T  # [b, M]
-        right = query_ids[start : start + block, None] == gallery_ids[None]
-        best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
-        rank.append(np.sum(~right & ~(scores < best), axis=1))
-        hits.append(np.argsort(-scores, axis=1, kind="stable")[:, :top])
+        part = ranks_of_scores(scores, query_ids[start : start + block], gallery_ids, top)
+        rank.append(part[0])
+        hits.append(part[1])
     return np.concatenate(rank), np.concatenate(hits)
+
+
+def ranks_of_scores(
+    scores: np.ndarray, query_ids: np.ndarray, gallery_ids: np.ndarray, top: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `ranks`, for scores [N, M] that exist already."""
+    right = query_ids[:, None] == gallery_ids[None]
+    best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+    hits = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+    return np.sum(~right & ~(scores < best), axis=1), hits
 
 
 def recall(rank: np.ndarray, k: int) -> float:
     """Share of queries with a right entry among the k best."""
     return float(np.mean(rank < k))
+
+
+def classification(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """`top1`, `top5` and `mean_per_class` (mean of the classes' recalls) of scores [N, C].
+
+    Classes without an example do not count in the mean. Ties count against the model.
+    """
+    own = np.take_along_axis(scores, labels[:, None], axis=1)
+    above = np.sum(~(scores < own), axis=1) - (own[:, 0] == own[:, 0])  # a NaN is never below
+    right = above < 1
+    counts = np.bincount(labels, minlength=scores.shape[1])
+    recalls = np.bincount(labels, weights=right, minlength=scores.shape[1])
+    return {
+        "top1": float(right.mean()),
+        "top5": float((above < 5).mean()),
+        "mean_per_class": float((recalls[counts > 0] / counts[counts > 0]).mean()),
+    }
+
+
+def dual_softmax(scores: np.ndarray) -> np.ndarray:
+    """Scores [Q, G] times their softmax over the queries, as the MSR-VTT program has it.
+
+    It lowers gallery entries that many queries like. The queries are scored together, so a figure
+    with it is not that of single queries.
+    """
+    shifted = np.exp(scores - scores.max(axis=0, keepdims=True))
+    return scores * shifted / shifted.sum(axis=0, keepdims=True)
 
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
