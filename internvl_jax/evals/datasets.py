@@ -36,7 +36,7 @@ class Dataset:
 
 
 def _classes(images: int, classes: int, key: str = "", **more) -> Dataset:
-    layout = "{name}/<class>/<picture> or wds_{name}/test/0.tar, classnames.txt (CLIP_benchmark)"
+    layout = "{name}/[val/]<class>/<picture> or wds_{name}/test/0.tar and classnames.txt"
     return Dataset("zero_shot", layout, images, 0, classes, key=key, **more)
 
 
@@ -190,7 +190,10 @@ def classification(
         if (root / f"wds_{name}").is_dir():
             places, labels, names = files.tar_classes(root / f"wds_{name}")
         else:
-            places, labels, names = files.class_folders(root / name)
+            folder = root / name
+            places, labels, names = files.class_folders(
+                folder / "val" if (folder / "val").is_dir() else folder
+            )
     except DatasetError as error:
         raise DatasetError(f"{name}: {error}; put {layout(name, root)}") from error
     check(name, root, {"images": len(places), "classes": len(names)}, partial)

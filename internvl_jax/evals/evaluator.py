@@ -2,14 +2,18 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from internvl_jax.data.tokenizer import Tokenizer
-from internvl_jax.evals.captioning import Captioning
+from internvl_jax.evals.captioning import Captioning, Captions
 from internvl_jax.evals.chat import ChatAnswers
+from internvl_jax.evals.probe import Probe
 from internvl_jax.evals.retrieval import Relation, Retrieval
+from internvl_jax.evals.segmentation import Segmentation
 from internvl_jax.evals.video import Video
+from internvl_jax.evals.vqa import Vqa
 from internvl_jax.evals.zero_shot import ZeroShot
 from internvl_jax.models import ChatConfig, InternVLConfig, ModelConfig
 
@@ -21,6 +25,12 @@ EVALUATORS = {
     "caption": Captioning,
     "chat": ChatAnswers,
     "video": Video,
+    "linear_probe": Probe,
+    "attention_probe": functools.partial(Probe, kind="attention"),
+    "segmentation": Segmentation,
+    "captioning": Captions,
+    "vqa": Vqa,
+    "knn": functools.partial(Probe, kind="knn"),
 }
 # Fields that the run gives, not the evaluator's own options.
 _GIVEN = ("tokenizer", "details")
@@ -67,7 +77,8 @@ def build(
         if name not in EVALUATORS:
             raise EvaluatorError(f"unknown evaluator {name!r}{_near(name, EVALUATORS)}")
         cls = EVALUATORS[name]
-        known = [f.name for f in dataclasses.fields(cls) if f.name not in _GIVEN]
+        fields_of = dataclasses.fields(getattr(cls, "func", cls))
+        known = [f.name for f in fields_of if f.name not in _GIVEN]
         unknown = sorted(set(options) - set(known))
         if unknown:
             hint = _near(unknown[0], known)
@@ -87,13 +98,25 @@ def build(
 
 
 def suited(model_config: ModelConfig) -> tuple[str, ...]:
-    """Names of the evaluators that a model of this kind can serve."""
+    """Names of the evaluators that run where none is named: what the embedded job reports."""
     if isinstance(model_config, ChatConfig):
         return ("chat",)
     if isinstance(model_config, InternVLConfig):
         contrastive = ("zero_shot", "retrieval", "relation")
         return contrastive + (("caption",) if model_config.num_queries else ())
     return ()
+
+
+def possible(model_config: ModelConfig) -> tuple[str, ...]:
+    """Names of all evaluators that a model of this kind can serve, when asked for by name."""
+    more: tuple[str, ...] = ()
+    if isinstance(model_config, ChatConfig):
+        more += ("vqa",)
+    if isinstance(model_config, InternVLConfig):
+        more += ("video", "captioning") if model_config.num_queries else ("video",)
+    if hasattr(model_config, "vit"):
+        more += ("linear_probe", "attention_probe", "knn", "segmentation")
+    return suited(model_config) + more
 
 
 def _near(word: str, choices: Any) -> str:

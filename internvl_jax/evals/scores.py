@@ -4,6 +4,7 @@ A score that is tied with the right one, or is not a number, never counts in the
 model whose features have collapsed gets 0, not 100 %.
 """
 
+import importlib
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -93,9 +94,18 @@ def dual_softmax(scores: np.ndarray) -> np.ndarray:
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
     """[classes, classes] counts; rows are the truth, columns what was predicted."""
-    counts = np.zeros((classes, classes), np.int64)
-    np.add.at(counts, (labels, predicted), 1)
-    return counts
+    flat = np.asarray(labels, np.int64) * classes + predicted
+    return np.bincount(flat, minlength=classes * classes).reshape(classes, classes)
+
+
+def mean_iou(counts: np.ndarray) -> float:
+    """Mean over the classes of intersection over union, from a `confusion` of pixels.
+
+    Classes that are neither there nor predicted do not count.
+    """
+    right = np.diag(counts)
+    union = counts.sum(axis=0) + counts.sum(axis=1) - right
+    return float((right[union > 0] / union[union > 0]).mean())
 
 
 def swaps(images: np.ndarray, texts: np.ndarray) -> dict[str, float]:
@@ -143,20 +153,38 @@ def cider(
     Raises:
         ImportError: pycocoevalcap is missing; says how to install it.
     """
+    scorer = _pycocoevalcap("cider.cider", "Cider")
+    score, each = scorer.compute_score(*_spaced(captions, references, language))
+    return float(score), np.asarray(each)
+
+
+def bleu_and_rouge(
+    captions: Sequence[str], references: Sequence[Sequence[str]], language: str
+) -> dict[str, float]:
+    """`bleu1` to `bleu4` of the whole set and `rouge_l`, as fractions, through pycocoevalcap."""
+    texts = _spaced(captions, references, language)
+    bleu, _ = _pycocoevalcap("bleu.bleu", "Bleu").compute_score(*texts, verbose=0)
+    rouge, _ = _pycocoevalcap("rouge.rouge", "Rouge").compute_score(*texts)
+    return {**{f"bleu{n}": float(x) for n, x in enumerate(bleu, 1)}, "rouge_l": float(rouge)}
+
+
+def _pycocoevalcap(module: str, name: str):
+    """One of the scorers that are pure Python: no Java."""
     try:
-        from pycocoevalcap.cider.cider import Cider  # its pure-Python part: no Java
+        return getattr(importlib.import_module(f"pycocoevalcap.{module}"), name)()
     except ImportError as error:
         raise ImportError(
-            "CIDEr needs the package pycocoevalcap: pip install 'internvl_jax[eval]'"
+            "scores of captions need the package pycocoevalcap: pip install 'internvl_jax[eval]'"
         ) from error
+
+
+def _spaced(captions, references, language):
+    """References and captions by image, their words with spaces between, as the scorers want."""
     if len(captions) != len(references):
         raise ValueError(f"{len(captions)} captions for {len(references)} sets of references")
     spaced = [[" ".join(words(r, language)) for r in group] for group in references]
-    score, each = Cider().compute_score(
-        dict(enumerate(spaced)),
-        {i: [" ".join(words(c, language))] for i, c in enumerate(captions)},
-    )
-    return float(score), np.asarray(each)
+    own = {i: [" ".join(words(c, language))] for i, c in enumerate(captions)}
+    return dict(enumerate(spaced)), own
 
 
 def normalise_answer(answer: str) -> str:

@@ -84,7 +84,7 @@ def test_numbered_class_folders_are_in_numerical_order(tmp_path):
 
 
 def test_a_missing_or_different_set_is_refused_with_what_is_expected(tmp_path):
-    with pytest.raises(files.DatasetError, match=r"cifar10: .*missing.*put cifar10/<class>"):
+    with pytest.raises(files.DatasetError, match=r"cifar10: .*missing.*put cifar10/.val/.<class>"):
         datasets.classification("cifar10", tmp_path, 8)
     _folders(tmp_path, "cifar10", {"red": PAIRS[0]})
     with pytest.raises(files.DatasetError, match=r"1 classes .*10 and 3 images .*10000"):
