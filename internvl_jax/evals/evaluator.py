@@ -75,13 +75,13 @@ def build(
     built = {}
     for name, options in evals.items():
         if name not in EVALUATORS:
-            raise EvaluatorError(f"unknown evaluator {name!r}{_near(name, EVALUATORS)}")
+            raise EvaluatorError(f"unknown evaluator {name!r}{near(name, EVALUATORS)}")
         cls = EVALUATORS[name]
         fields_of = dataclasses.fields(getattr(cls, "func", cls))
         known = [f.name for f in fields_of if f.name not in _GIVEN]
         unknown = sorted(set(options) - set(known))
         if unknown:
-            hint = _near(unknown[0], known)
+            hint = near(unknown[0], known)
             raise EvaluatorError(f"evaluator {name!r} has no option {unknown[0]!r}{hint}")
         inherited = {k: data[k] for k in ("text_length", "languages", "template") if k in data}
         if inherited.get("template") == "plain":
@@ -119,7 +119,8 @@ def possible(model_config: ModelConfig) -> tuple[str, ...]:
     return suited(model_config) + more
 
 
-def _near(word: str, choices: Any) -> str:
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+def near(word: str, choices: Any) -> str:
+    """The end of a message about an unknown word: the nearest, and all there are."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
     return f"{hint}; there are {', '.join(choices)}"
