@@ -86,13 +86,13 @@ def test_evaluate_writes_what_it_prints(trained, tmp_path, capsys):
     work, figures = trained("stage2_generative:tiny")[0], tmp_path / "figures.json"
     with pytest.raises(SystemExit) as caught:
         cli.main(["evaluate", f"--checkpoint={work}", "--evals=relatoin"])
-    assert caught.value.code == 1 and "relation" in capsys.readouterr().err
+    assert caught.value.code == 2 and "relation" in capsys.readouterr().err
 
     cli.main(["evaluate", f"--checkpoint={work}", "--evals=relation", f"--json={figures}"])
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    values = json.loads(figures.read_text())
+    values = json.loads(figures.read_text())["figures"]
     assert values and all(0 <= value <= 1 for value in values.values())
-    assert printed == {name: f"{value:.4f}" for name, value in values.items()}
+    assert printed == {name: f"{100 * value:.2f}" for name, value in values.items()}
 
 
 def test_generate_describes_an_image(trained, tmp_path, capsys):

@@ -1,7 +1,6 @@
 """`internvl-jax evaluate`: the figures of a checkpoint."""
 
 import argparse
-import json
 from pathlib import Path
 
 from internvl_jax import configuration
@@ -9,25 +8,49 @@ from internvl_jax.commands import CHECKPOINT_HELP, CONFIG_HELP, Run
 
 
 def build(parser: argparse.ArgumentParser) -> Run:
-    """Evaluate a checkpoint and print one line per figure."""
+    """Evaluate a checkpoint and print its figures beside the paper's."""
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
-    parser.add_argument("--evals", default="", help="comma-separated; default: all that it serves")
-    parser.add_argument("--config", help=f"{CONFIG_HELP}; default: that of the checkpoint's run")
+    parser.add_argument(
+        "--evals",
+        default="",
+        help="comma-separated names; default: the embedded job's, those of --table with one",
+    )
+    parser.add_argument(
+        "--config", help=f"{CONFIG_HELP}; default: that of the checkpoint's run, on embedded data"
+    )
+    parser.add_argument("--table", help="of the paper, on published data sets (retrieval, xtd, …)")
+    parser.add_argument("--data", default="data", help="where those lie; default: %(default)s")
+    parser.add_argument("--partial", action="store_true", help="take what is there of them")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--page", metavar="FILE", help="also write an HTML page with plots")
 
     def run(args: argparse.Namespace) -> None:
         own = configuration.load(args.config, args.overrides).to_dict() if args.config else None
         from internvl_jax import loading
-        from internvl_jax.evals import evaluate
+        from internvl_jax.evals import evaluate, evaluator, results, tables
 
-        model = loading.load(args.checkpoint)
         names = [name for name in args.evals.split(",") if name]
-        experiment = own or model.experiment
-        figures = evaluate.evaluate(model.config, model.params, names, experiment)
-        for name, value in figures.items():
-            print(f"{name} {value:.4f}")
+        try:  # what does not exist is answered before anything is loaded
+            words = args.table.split(",") if args.table else []
+            chosen = tables.options(words, args.data, args.partial)
+            evaluator.build({**{name: {} for name in names}, **chosen})
+        except evaluator.EvaluatorError as error:
+            raise configuration.ConfigError(str(error)) from error
+        model = loading.load(args.checkpoint)
+        experiment = dict(own or model.experiment)
+        if chosen:
+            names = list(chosen)
+            data = {"text_length": loading.TEXT_LENGTH, **model.experiment.get("data", {})}
+            experiment = {"data": data, "evals": chosen}
+        if model.tokenizer is not None:
+            data = {**experiment.get("data", {}), "tokenizer": str(model.tokenizer.path)}
+            experiment["data"] = data
+        figures, details = evaluate.evaluate_with(model.config, model.params, names, experiment)
+        print(results.table(figures, details))
+        kind = type(model.config).__name__.removesuffix("Config")
         if args.json:
-            text = json.dumps(figures, indent=2) + "\n"
-            Path(args.json).write_text(text, encoding="utf-8")
+            results.write(Path(args.json), figures, details, kind, args.checkpoint)
+        if args.page:
+            results.page(Path(args.page), figures, details, args.checkpoint)
 
     return run

@@ -23,7 +23,7 @@ from internvl_jax.sharding import replicate
 def _answers(
     params: features.Params, prompts: jax.Array, images: jax.Array, *, config, decoding: Decoding
 ) -> jax.Array:
-    result = generate.answer(bind(config, params), prompts, images, decoding)
+    result = generate.answer(bind(config, params), prompts, images[:, None], decoding)
     return replicate(result.ids[:, 0])
 
 
@@ -37,7 +37,7 @@ def write_answers(
     decoding: Decoding,
     batch_size: int = 100,
 ) -> list[str]:
-    """One answer to each question about its image; images uint8 [N, H, W, 3]."""
+    """One answer to each question about its image, uint8 [N, H, W, 3] or `files.Pictures`."""
     prompts = [
         conversation.encode_chat(
             tokenizer,
@@ -53,7 +53,7 @@ def write_answers(
     for row, ids in zip(rows, prompts, strict=True):
         row[: len(ids)] = ids
     step = functools.partial(_answers, params, config=config, decoding=decoding)
-    ids = features.in_batches(step, (rows, images[:, None]), batch_size)
+    ids = features.in_batches(step, (rows, images), batch_size)
     return [tokenizer.decode(row).strip() for row in ids]
 
 

@@ -16,7 +16,7 @@ def evaluate(
     """Figures of a model on the embedded data, {"zero_shot.scenes.en": 0.71, …}.
 
     Args:
-        names: evaluators to run; without any, all that the model can serve.
+        names: evaluators to run; without any, those of the embedded job that the model can serve.
         experiment: a run's config, as it is stored in a checkpoint: its `evals` give the
             evaluators' options and its `data` the tokenizer, text length and languages.
 
@@ -36,12 +36,13 @@ def evaluate_with(
     suited = evaluator.suited(model_config)
     options = dict((experiment or {}).get("evals", {}))
     built = evaluator.build({n: options.get(n, {}) for n in names or suited}, experiment)
-    wrong = [name for name in built if name not in suited]
+    possible = evaluator.possible(model_config)
+    wrong = [name for name in built if name not in possible]
     if wrong:
         kind = type(model_config).__name__.removesuffix("Config")
         raise evaluator.EvaluatorError(
             f"evaluator {wrong[0]!r} needs another kind of model than this {kind}; "
-            f"it serves {', '.join(suited) or 'none of them'}"
+            f"it serves {', '.join(possible) or 'none of them'}"
         )
     figures = {
         f"{name}.{key}": value

@@ -2,13 +2,18 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from internvl_jax.data.tokenizer import Tokenizer
-from internvl_jax.evals.captioning import Captioning
+from internvl_jax.evals.captioning import Captioning, Captions
 from internvl_jax.evals.chat import ChatAnswers
+from internvl_jax.evals.probe import Probe
 from internvl_jax.evals.retrieval import Relation, Retrieval
+from internvl_jax.evals.segmentation import Segmentation
+from internvl_jax.evals.video import Video
+from internvl_jax.evals.vqa import Vqa
 from internvl_jax.evals.zero_shot import ZeroShot
 from internvl_jax.models import ChatConfig, InternVLConfig, ModelConfig
 
@@ -19,6 +24,13 @@ EVALUATORS = {
     "relation": Relation,
     "caption": Captioning,
     "chat": ChatAnswers,
+    "video": Video,
+    "linear_probe": Probe,
+    "attention_probe": functools.partial(Probe, kind="attention"),
+    "segmentation": Segmentation,
+    "captioning": Captions,
+    "vqa": Vqa,
+    "knn": functools.partial(Probe, kind="knn"),
 }
 # Fields that the run gives, not the evaluator's own options.
 _GIVEN = ("tokenizer", "details")
@@ -63,21 +75,22 @@ def build(
     built = {}
     for name, options in evals.items():
         if name not in EVALUATORS:
-            raise EvaluatorError(f"unknown evaluator {name!r}{_near(name, EVALUATORS)}")
+            raise EvaluatorError(f"unknown evaluator {name!r}{near(name, EVALUATORS)}")
         cls = EVALUATORS[name]
-        known = [f.name for f in dataclasses.fields(cls) if f.name not in _GIVEN]
+        fields_of = dataclasses.fields(getattr(cls, "func", cls))
+        known = [f.name for f in fields_of if f.name not in _GIVEN]
         unknown = sorted(set(options) - set(known))
         if unknown:
-            hint = _near(unknown[0], known)
+            hint = near(unknown[0], known)
             raise EvaluatorError(f"evaluator {name!r} has no option {unknown[0]!r}{hint}")
         inherited = {k: data[k] for k in ("text_length", "languages", "template") if k in data}
         if inherited.get("template") == "plain":
             del inherited["template"]  # captions only; it cannot ask a question
         fields = {k: v for k, v in inherited.items() if k in known}
         fields = {"every": AT_THE_END, **fields, **options}
-        for key in ("languages", "modes"):
-            if fields.get(key) is not None:
-                fields[key] = tuple(fields[key])
+        for key, value in fields.items():
+            if isinstance(value, list):  # as they come out of JSON
+                fields[key] = tuple(value)
         if fields["every"] < 1:
             raise EvaluatorError(f"evaluator {name!r}: every={fields['every']} must be at least 1")
         built[name] = cls(tokenizer=tokenizer, **fields)
@@ -85,7 +98,7 @@ def build(
 
 
 def suited(model_config: ModelConfig) -> tuple[str, ...]:
-    """Names of the evaluators that a model of this kind can serve."""
+    """Names of the evaluators that run where none is named: what the embedded job reports."""
     if isinstance(model_config, ChatConfig):
         return ("chat",)
     if isinstance(model_config, InternVLConfig):
@@ -94,7 +107,20 @@ def suited(model_config: ModelConfig) -> tuple[str, ...]:
     return ()
 
 
-def _near(word: str, choices: Any) -> str:
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+def possible(model_config: ModelConfig) -> tuple[str, ...]:
+    """Names of all evaluators that a model of this kind can serve, when asked for by name."""
+    more: tuple[str, ...] = ()
+    if isinstance(model_config, ChatConfig):
+        more += ("vqa",)
+    if isinstance(model_config, InternVLConfig):
+        more += ("video", "captioning") if model_config.num_queries else ("video",)
+    if hasattr(model_config, "vit"):
+        more += ("linear_probe", "attention_probe", "knn", "segmentation")
+    return suited(model_config) + more
+
+
+def near(word: str, choices: Any) -> str:
+    """The end of a message about an unknown word: the nearest, and all there are."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
     return f"{hint}; there are {', '.join(choices)}"

@@ -4,6 +4,7 @@ A score that is tied with the right one, or is not a number, never counts in the
 model whose features have collapsed gets 0, not 100 %.
 """
 
+import importlib
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -43,11 +44,20 @@ def ranks(
     rank, hits = [], []
     for start in range(0, len(queries), block):
         scores = queries[start : start + block] @ gallery.T  # [b, M]
-        right = query_ids[start : start + block, None] == gallery_ids[None]
-        best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
-        rank.append(np.sum(~right & ~(scores < best), axis=1))
-        hits.append(np.argsort(-scores, axis=1, kind="stable")[:, :top])
+        part = ranks_of_scores(scores, query_ids[start : start + block], gallery_ids, top)
+        rank.append(part[0])
+        hits.append(part[1])
     return np.concatenate(rank), np.concatenate(hits)
+
+
+def ranks_of_scores(
+    scores: np.ndarray, query_ids: np.ndarray, gallery_ids: np.ndarray, top: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `ranks`, for scores [N, M] that exist already."""
+    right = query_ids[:, None] == gallery_ids[None]
+    best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+    hits = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+    return np.sum(~right & ~(scores < best), axis=1), hits
 
 
 def recall(rank: np.ndarray, k: int) -> float:
@@ -55,11 +65,47 @@ def recall(rank: np.ndarray, k: int) -> float:
     return float(np.mean(rank < k))
 
 
+def classification(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """`top1`, `top5` and `mean_per_class` (mean of the classes' recalls) of scores [N, C].
+
+    Classes without an example do not count in the mean. Ties count against the model.
+    """
+    own = np.take_along_axis(scores, labels[:, None], axis=1)
+    above = np.sum(~(scores < own), axis=1) - (own[:, 0] == own[:, 0])  # a NaN is never below
+    right = above < 1
+    counts = np.bincount(labels, minlength=scores.shape[1])
+    recalls = np.bincount(labels, weights=right, minlength=scores.shape[1])
+    return {
+        "top1": float(right.mean()),
+        "top5": float((above < 5).mean()),
+        "mean_per_class": float((recalls[counts > 0] / counts[counts > 0]).mean()),
+    }
+
+
+def dual_softmax(scores: np.ndarray) -> np.ndarray:
+    """Scores [Q, G] times their softmax over the queries, as the MSR-VTT program has it.
+
+    It lowers gallery entries that many queries like. The queries are scored together, so a figure
+    with it is not that of single queries.
+    """
+    shifted = np.exp(scores - scores.max(axis=0, keepdims=True))
+    return scores * shifted / shifted.sum(axis=0, keepdims=True)
+
+
 def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
     """[classes, classes] counts; rows are the truth, columns what was predicted."""
-    counts = np.zeros((classes, classes), np.int64)
-    np.add.at(counts, (labels, predicted), 1)
-    return counts
+    flat = np.asarray(labels, np.int64) * classes + predicted
+    return np.bincount(flat, minlength=classes * classes).reshape(classes, classes)
+
+
+def mean_iou(counts: np.ndarray) -> float:
+    """Mean over the classes of intersection over union, from a `confusion` of pixels.
+
+    Classes that are neither there nor predicted do not count.
+    """
+    right = np.diag(counts)
+    union = counts.sum(axis=0) + counts.sum(axis=1) - right
+    return float((right[union > 0] / union[union > 0]).mean())
 
 
 def swaps(images: np.ndarray, texts: np.ndarray) -> dict[str, float]:
@@ -107,20 +153,38 @@ def cider(
     Raises:
         ImportError: pycocoevalcap is missing; says how to install it.
     """
+    scorer = _pycocoevalcap("cider.cider", "Cider")
+    score, each = scorer.compute_score(*_spaced(captions, references, language))
+    return float(score), np.asarray(each)
+
+
+def bleu_and_rouge(
+    captions: Sequence[str], references: Sequence[Sequence[str]], language: str
+) -> dict[str, float]:
+    """`bleu1` to `bleu4` of the whole set and `rouge_l`, as fractions, through pycocoevalcap."""
+    texts = _spaced(captions, references, language)
+    bleu, _ = _pycocoevalcap("bleu.bleu", "Bleu").compute_score(*texts, verbose=0)
+    rouge, _ = _pycocoevalcap("rouge.rouge", "Rouge").compute_score(*texts)
+    return {**{f"bleu{n}": float(x) for n, x in enumerate(bleu, 1)}, "rouge_l": float(rouge)}
+
+
+def _pycocoevalcap(module: str, name: str):
+    """One of the scorers that are pure Python: no Java."""
     try:
-        from pycocoevalcap.cider.cider import Cider  # its pure-Python part: no Java
+        return getattr(importlib.import_module(f"pycocoevalcap.{module}"), name)()
     except ImportError as error:
         raise ImportError(
-            "CIDEr needs the package pycocoevalcap: pip install 'internvl_jax[eval]'"
+            "scores of captions need the package pycocoevalcap: pip install 'internvl_jax[eval]'"
         ) from error
+
+
+def _spaced(captions, references, language):
+    """References and captions by image, their words with spaces between, as the scorers want."""
     if len(captions) != len(references):
         raise ValueError(f"{len(captions)} captions for {len(references)} sets of references")
     spaced = [[" ".join(words(r, language)) for r in group] for group in references]
-    score, each = Cider().compute_score(
-        dict(enumerate(spaced)),
-        {i: [" ".join(words(c, language))] for i, c in enumerate(captions)},
-    )
-    return float(score), np.asarray(each)
+    own = {i: [" ".join(words(c, language))] for i, c in enumerate(captions)}
+    return dict(enumerate(spaced)), own
 
 
 def normalise_answer(answer: str) -> str:

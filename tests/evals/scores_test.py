@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from sklearn import metrics
 
 from internvl_jax.evals import scores
 
@@ -59,6 +60,31 @@ def test_a_tied_wrong_entry_counts_before_the_right_one():
 def test_ranks_refuse_a_query_without_a_match():
     with pytest.raises(ValueError, match="no match in the gallery"):
         scores.ranks(np.eye(2), np.eye(2), np.array([0, 7]), np.array([0, 1]))
+
+
+def test_classification_agrees_with_scikit_learn():
+    rng = np.random.default_rng(3)
+    similar, labels = rng.normal(size=(400, 9)), rng.integers(0, 9, 400)
+    found = scores.classification(similar, labels)
+    predicted = similar.argmax(axis=1)
+    assert found["top1"] == pytest.approx(metrics.accuracy_score(labels, predicted))
+    assert found["top5"] == pytest.approx(metrics.top_k_accuracy_score(labels, similar, k=5))
+    recall = metrics.balanced_accuracy_score(labels, predicted)
+    assert found["mean_per_class"] == pytest.approx(recall)
+
+
+@pytest.mark.parametrize("value", [0.5, np.nan])
+def test_equal_scores_classify_nothing(value):
+    found = scores.classification(np.full((6, 8), value), np.arange(6))
+    assert found == {"top1": 0.0, "top5": 0.0, "mean_per_class": 0.0}
+
+
+def test_dual_softmax_weighs_a_query_against_the_others():
+    similar = np.random.default_rng(4).normal(size=(5, 7))
+    found = scores.dual_softmax(similar)
+    for j in range(7):
+        share = np.exp(similar[:, j]) / sum(math.exp(x) for x in similar[:, j])
+        np.testing.assert_allclose(found[:, j], similar[:, j] * share)
 
 
 def test_confusion_counts_every_pair():

@@ -1,0 +1,212 @@
+"""Published data sets as they lie on a user's disk: pictures decoded on demand, labels, captions.
+
+Three layouts cover the protocols of `datasets`: folders of classes, the tar files that
+CLIP_benchmark publishes (`<name>/test/0.tar`, `classnames.txt`), and the annotation files of
+Karpathy, CLIP_benchmark and XTD10.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from internvl_jax.data import image
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".jpe"})
+_DECODERS = 8  # threads: Pillow releases the interpreter while it decodes
+
+
+class DatasetError(ValueError):
+    """A data set is missing, or is not the one that a protocol asks for."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an encoded picture lies: a file, or `size` bytes of one from `offset` on."""
+
+    path: Path
+    offset: int = 0
+    size: int | None = None
+
+    def open(self) -> Image.Image:
+        if self.size is None:
+            return image.read(self.path)
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        try:
+            return image.read(io.BytesIO(data))
+        except ValueError as error:
+            raise ValueError(f"{self.path} at byte {self.offset}: {error}") from error
+
+
+class Pictures:
+    """Pictures that are decoded when a slice of them is asked for: uint8 [n, size, size, 3].
+
+    Batches of it go through `features.in_batches` like those of an array: while the device works
+    on one, the next is decoded.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[Place],
+        size: int,
+        transform: Callable[[Image.Image, int], np.ndarray] = image.square,
+    ):
+        self.places, self.size, self.transform = list(places), size, transform
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        return self._decoded(self.places[index])
+
+    def take(self, numbers: Sequence[int]) -> np.ndarray:
+        """Pictures by their numbers, in that order."""
+        return self._decoded([self.places[number] for number in numbers])
+
+    def _decoded(self, places: Sequence[Place]) -> np.ndarray:
+        with ThreadPoolExecutor(_DECODERS) as pool:
+            rows = list(pool.map(self._read, places))
+        return np.stack(rows) if rows else np.zeros((0, self.size, self.size, 3), np.uint8)
+
+    def _read(self, place: Place) -> np.ndarray:
+        return self.transform(place.open(), self.size)
+
+
+def need(path: Path, what: str) -> Path:
+    """The path, if it is there. Raises DatasetError that says what was looked for."""
+    if not path.exists():
+        raise DatasetError(f"{what} is missing: expected at {path}")
+    return path
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files directly in a folder, by name."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+
+
+def class_folders(folder: Path) -> tuple[list[Place], np.ndarray, list[str]]:
+    """`folder/<class>/<picture>`: places, labels [N] and the sorted names of the folders.
+
+    Folders whose names are all numbers (ImageNet-V2) are in numerical order.
+    """
+    names = [p.name for p in need(folder, "a folder per class").iterdir() if p.is_dir()]
+    numeric = all(name.isdecimal() for name in names)
+    names.sort(key=int if numeric else None)
+    groups = [pictures_in(folder / name) for name in names]
+    labels = np.repeat(np.arange(len(names)), [len(group) for group in groups])
+    return [Place(path) for group in groups for path in group], labels, names
+
+
+def tar_samples(folder: Path) -> Iterator[dict[str, Place | bytes]]:
+    """Samples of the tar files of a folder in order: {"image": Place, "cls" or "txt": bytes}."""
+    shards = sorted(need(folder, "a folder of tar files").glob("*.tar"), key=_shard_number)
+    if not shards:
+        raise DatasetError(f"no tar files in {folder}: expected 0.tar, 1.tar, …")
+    for shard in shards:
+        key, sample = None, {}
+        with tarfile.open(shard) as archive:
+            for member in archive:
+                stem, _, suffix = member.name.partition(".")
+                if key is not None and stem != key:
+                    yield sample
+                    sample = {}
+                key = stem
+                if f".{suffix.lower()}" in SUFFIXES:
+                    sample["image"] = Place(shard, member.offset_data, member.size)
+                elif suffix in ("cls", "txt"):
+                    sample[suffix] = archive.extractfile(member).read()
+        if sample:
+            yield sample
+
+
+def _shard_number(path: Path) -> tuple[int, str]:
+    return (int(path.stem) if path.stem.isdecimal() else -1, path.stem)
+
+
+def tar_classes(folder: Path) -> tuple[list[Place], np.ndarray, list[str]]:
+    """A classification set of CLIP_benchmark's tar files: places, labels, class names."""
+    samples = list(tar_samples(folder / "test"))
+    names = need(folder / "classnames.txt", "the list of class names").read_text("utf-8")
+    labels = np.array([int(sample["cls"]) for sample in samples])
+    return [sample["image"] for sample in samples], labels, names.strip("\n").split("\n")
+
+
+Captioned = tuple[list[Place], list[list[str]]]
+
+
+def tar_captions(folder: Path) -> Captioned:
+    """A retrieval set of CLIP_benchmark's tar files: places and each picture's captions."""
+    samples = list(tar_samples(folder / "test"))
+    captions = [s["txt"].decode().strip("\n").split("\n") for s in samples]
+    return [s["image"] for s in samples], captions
+
+
+def karpathy(file: Path, images: Path, split: str = "test") -> Captioned:
+    """Karpathy's JSON (`dataset_flickr30k.json`, `dataset_coco.json`) and the picture folder."""
+    records = json.loads(need(file, "Karpathy's splits").read_text("utf-8"))["images"]
+    chosen = [r for r in records if r["split"] == split]
+    places = [Place(images / r.get("filepath", "") / r["filename"]) for r in chosen]
+    return places, [[s["raw"] for s in r["sentences"]] for r in chosen]
+
+
+def comma_lines(file: Path, images: Path) -> Captioned:
+    """CLIP_benchmark's `<set>_<split>_<lang>.txt`: a header, then lines `name.jpg,caption`."""
+    found: dict[str, list[str]] = {}
+    lines = need(file, "the captions").read_text("utf-8").splitlines()
+    for number, line in enumerate(lines[1:], start=2):
+        if line.strip():
+            name, mark, caption = line.strip().partition(".jpg,")
+            if not mark:
+                raise DatasetError(f"{file}:{number}: expected name.jpg,caption")
+            found.setdefault(name, []).append(caption)
+    return [Place(images / f"{name}.jpg") for name in found], list(found.values())
+
+
+def tab_lines(file: Path, images: Path) -> Captioned:
+    """COCO-CN: lines of a name, a tab and a caption. `name#zhm#0` is name; without suffix .jpg."""
+    found: dict[str, list[str]] = {}
+    for number, line in enumerate(need(file, "the captions").read_text("utf-8").splitlines(), 1):
+        if line.strip():
+            name, mark, caption = line.strip().partition("\t")
+            if not mark:
+                raise DatasetError(f"{file}:{number}: expected a name, a tab and a caption")
+            name = name.partition("#")[0]
+            name = name if Path(name).suffix.lower() in SUFFIXES else f"{name}.jpg"
+            found.setdefault(name, []).append(caption)
+    return [Place(images / name) for name in found], list(found.values())
+
+
+def name_and_caption_files(names: Path, captions: Path, images: Path) -> Captioned:
+    """XTD10: a line per picture in each of two files."""
+    first = need(names, "the list of pictures").read_text("utf-8").splitlines()
+    second = need(captions, "the captions").read_text("utf-8").splitlines()
+    if len(first) != len(second):
+        raise DatasetError(f"{names} has {len(first)} lines but {captions} has {len(second)}")
+    return [Place(images / name) for name in first], [[caption] for caption in second]
+
+
+def coco_captions(file: Path, images: Path) -> Captioned:
+    """COCO's caption JSON ("images", "annotations"), also of NoCaps."""
+    data = json.loads(need(file, "the captions").read_text("utf-8"))
+    groups: dict[int, list[str]] = {record["id"]: [] for record in data["images"]}
+    for annotation in data["annotations"]:
+        groups[annotation["image_id"]].append(annotation["caption"])
+    return [Place(images / r["file_name"]) for r in data["images"]], list(groups.values())
+
+
+def present(places: Sequence[Place]) -> None:
+    """Check that every picture file is there. Raises DatasetError with the first that is not."""
+    paths = dict.fromkeys(place.path for place in places)
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise DatasetError(
+            f"{len(missing)} of {len(paths)} picture files are missing, the first at {missing[0]}"
+        )
