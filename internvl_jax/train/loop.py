@@ -23,6 +23,7 @@ from internvl_jax.models import init
 from internvl_jax.train import (
     checkpoint,
     flops,
+    goodput,
     metrics,
     optimizer,
     preemption,
@@ -132,6 +133,7 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
         log = metrics.MetricsLog(path, start=start, steps=config.steps)
         stack.callback(log.close)
         speed = metrics.Speed(_model_flops(config, state, pipeline))
+        progress = goodput.Goodput(path, start)
         spikes = metrics.SpikeDetector()
         last: dict[str, float] = {}
 
@@ -141,6 +143,7 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
             """Fetch, check and write the metrics of the update that made `step`."""
             values = {n: float(x) for n, x in jax.device_get(dict(device_metrics)).items()}
             speed.count(images, waited)
+            progress.count(waited)
             log.advance(step, values["loss"])
             spike = spikes.update(values["loss"])
             if spike:
@@ -151,7 +154,7 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
                     f"{values['grad_norm']:g}; update skipped; {_batch_of(step, pipeline)}"
                 )
             if step % config.log_every == 0 or step == config.steps:
-                values.update(speed.report())
+                values.update(speed.report(), goodput=progress.share())
                 log.write(step, values)
             last.update(values)
             if values["nonfinite_in_a_row"] >= config.max_nonfinite:
@@ -203,6 +206,7 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
             aside = time.monotonic()
             if saving:
                 save(must=leaving or step == config.steps)
+                progress.save(step)
             if leaving:
                 processes.say(
                     f"saved step {step} of {config.steps} in {path}; the same command with the "
@@ -211,7 +215,9 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
                 raise SystemExit(preemption.EXIT_CODES[signal])
             evaluate(step, due)
             _tolerant(checkpoints.poll)
-            speed.exclude(time.monotonic() - aside)
+            aside = time.monotonic() - aside
+            speed.exclude(aside)
+            progress.exclude(aside)
         if start >= config.steps:
             processes.say(f"{path} has its {config.steps} steps already; nothing to train")
             evaluate(start, list(evaluators))
