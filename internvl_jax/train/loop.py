@@ -22,6 +22,7 @@ from internvl_jax.models import init
 from internvl_jax.train import (
     checkpoint,
     flops,
+    goodput,
     metrics,
     optimizer,
     preemption,
@@ -138,6 +139,7 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
         log = metrics.MetricsLog(path, start=start, steps=config.steps)
         stack.callback(log.close)
         speed = metrics.Speed(_model_flops(config, state, pipeline))
+        progress = goodput.Goodput(path, start)
         spikes = metrics.SpikeDetector()
         last: dict[str, float] = {}
 
@@ -147,6 +149,7 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
             """Fetch, check and write the metrics of the update that made `step`."""
             values = {n: float(x) for n, x in jax.device_get(dict(device_metrics)).items()}
             speed.count(images, waited)
+            progress.count(waited)
             log.advance(step, values["loss"])
             spike = spikes.update(values["loss"])
             if spike:
@@ -157,7 +160,7 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
                     f"{values['grad_norm']:g}; update skipped; {_batch_of(step, pipeline)}"
                 )
             if step % config.log_every == 0 or step == config.steps:
-                values.update(speed.report())
+                values.update(speed.report(), goodput=progress.share())
                 if skipped := sum(batches.skipped.values()):
                     values["records_skipped"] = float(skipped)
                 log.write(step, values)
@@ -211,6 +214,7 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
             aside = time.monotonic()
             if saving:
                 save(must=leaving or step == config.steps)
+                progress.save(step)
             if leaving:
                 processes.say(
                     f"saved step {step} of {config.steps} in {path}; the same command with the "
@@ -219,7 +223,9 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
                 raise SystemExit(preemption.EXIT_CODES[signal])
             evaluate(step, due)
             _tolerant(checkpoints.poll)
-            speed.exclude(time.monotonic() - aside)
+            aside = time.monotonic() - aside
+            speed.exclude(aside)
+            progress.exclude(aside)
         if start >= config.steps:
             processes.say(f"{path} has its {config.steps} steps already; nothing to train")
             evaluate(start, list(evaluators))
