@@ -3,8 +3,8 @@
     .venv-curate/bin/python benchmarks/curate.py --json benchmarks/results/curate.json
 
 Runs in the environment that `make test-all` builds for Beam, with the repository on PYTHONPATH.
-Every hundredth row is a near-duplicate of an earlier one. The filter's list is compared with a
-plain loop over the same rows, the other's with what was planted.
+Every hundredth row is a near-duplicate of an earlier one. The list of filter is compared with a
+plain loop over the same rows, that of dedup with what was planted.
 """
 
 import argparse
