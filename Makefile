@@ -43,6 +43,8 @@ $(READY): setup.py pyproject.toml constraints.txt
 # The slow tests compare with PyTorch and transformers, and ask the TPU compiler.
 $(READY_ALL): $(READY)
 	$(INSTALL) --editable ".[dev,torch,plan]"
+	@# The evaluators that adapters serve, and what their interfaces import; not all they ask for.
+	$(INSTALL) --no-deps clip-benchmark lmms-eval loguru pytz
 	@touch $@
 
 clean:

@@ -60,5 +60,8 @@ setup(
         "demo": DEMO,
         "dev": [*DATA, *EVAL, *DEMO, *DEV],
     },
-    entry_points={"console_scripts": ["internvl-jax = internvl_jax.cli:main"]},
+    entry_points={
+        "console_scripts": ["internvl-jax = internvl_jax.cli:main"],
+        "lmms_eval.models": ["internvl_jax = internvl_jax.adapters.lmms_eval:MANIFEST"],
+    },
 )

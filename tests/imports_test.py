@@ -39,6 +39,7 @@ ALLOWED = {
         "sharding",
         "train",
     },
+    "adapters": {"data", "loading", "models", "sharding"},
     "conversion": {"convert", "models", "train"},
     "configuration": {"data", "evals", "models", "objectives"},
 }
