@@ -49,6 +49,8 @@ $(READY): setup.py pyproject.toml constraints.txt
 # The slow tests compare with PyTorch and transformers, and ask the TPU compiler.
 $(READY_ALL): $(READY)
 	$(INSTALL) --editable ".[dev,torch,plan]"
+	@# The evaluators that adapters serve, and what their interfaces import; not all they ask for.
+	$(INSTALL) --no-deps clip-benchmark lmms-eval loguru pytz
 	@touch $@
 
 # Apache Beam caps packages below constraints.txt: its pipelines are tested in an environment apart.

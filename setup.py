@@ -79,5 +79,8 @@ setup(
         "docs": DOCS,
         "dev": [*DATA, *EVAL, *DEMO, *DOCS, *DEV],
     },
-    entry_points={"console_scripts": ["internvl-jax = internvl_jax.cli:main"]},
+    entry_points={
+        "console_scripts": ["internvl-jax = internvl_jax.cli:main"],
+        "lmms_eval.models": ["internvl_jax = internvl_jax.adapters.lmms_eval:MANIFEST"],
+    },
 )

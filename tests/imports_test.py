@@ -48,6 +48,7 @@ ALLOWED = {
         "sharding",
         "train",
     },
+    "adapters": {"data", "loading", "models", "sharding"},
     "conversion": {"convert", "models", "train"},
     "configuration": {"data", "evals", "models", "objectives"},
 }
