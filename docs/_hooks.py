@@ -16,9 +16,9 @@ def on_files(files: Files, config: Any) -> Files:
     launching = (ROOT / "launch" / "README.md").read_text().replace("](../docs/", "](")
     pages = {"results.md": results(), "launch.md": launching}
     for module, summary in modules().items():
-        pages[f"api/{module}.md"] = f"# {module}\n\n::: {module}\n"
-        pages.setdefault("api/index.md", "# API reference\n\nFrom the docstrings.\n\n")
-        pages["api/index.md"] += f"* [`{module}`]({module}.md): {summary}\n"
+        pages[f"reference/{module}.md"] = f"# {module}\n\n::: {module}\n"
+        pages.setdefault("reference/index.md", "# API reference\n\nFrom the docstrings.\n\n")
+        pages["reference/index.md"] += f"* [`{module}`]({module}.md): {summary}\n"
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files

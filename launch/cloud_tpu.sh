@@ -40,13 +40,17 @@ internvl_jax/launch/host.sh install $(quoted "$BUCKET") && \
 internvl_jax/launch/host.sh start $(quoted "$@")"
 }
 
-# One word for the job: running, done, absent (to be started again), or failed.
+# One word for the job: running, done, absent (to be started again), failed, or unknown (a host did
+# not answer, which is no reason to stop the others).
 status_of_hosts() {
-  local words
-  words=$(on_hosts all 'internvl_jax/launch/host.sh status 2>/dev/null || echo status absent') ||
-    words="status absent"
+  local words word
+  if ! words=$(on_hosts all 'internvl_jax/launch/host.sh status 2>/dev/null || echo status absent')
+  then
+    echo unknown
+    return
+  fi
   for word in failed absent running; do
-    if grep -q "^status $word" <<<"$words"; then
+    if grep -q "status $word" <<<"$words"; then
       echo "$word"
       return
     fi

@@ -110,6 +110,7 @@ watch() {
             say "the command failed on some host; see: logs"
             return 1
             ;;
+          unknown) say "a host did not answer; asking again" ;;
           absent)
             say "starting the command"
             start_on_hosts "$@" || say "starting failed; trying again"

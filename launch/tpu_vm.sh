@@ -18,12 +18,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 (($#)) || usage
 action=$1
 shift
+spot=${SPOT:-no}
 
 need NAME "a name for the TPU VM: lower-case letters, digits, hyphens" "$NAME_PATTERN"
 need ZONE "where it is, as us-east5-b" '[a-z]+-[a-z]+[0-9]+-[a-z]'
 case $action in
   create)
     need TYPE "its type, as v6e-1, v5litepod-8 or v5p-8" 'v[0-9a-z]+-[1-9][0-9]*'
+    need spot "SPOT is yes or no" 'yes|no'
     need RUNTIME "the software of the VM, as v2-alpha-tpuv6e" '[-a-z0-9.]+'
     ;;
   run)
@@ -42,7 +44,7 @@ source "$repository/launch/cloud_tpu.sh"
 case $action in
   create)
     options=("--accelerator-type=$TYPE" "--version=$RUNTIME")
-    [[ ${SPOT:-} != yes ]] || options+=(--spot)
+    [[ $spot != yes ]] || options+=(--spot)
     run gcloud compute tpus tpu-vm create "$NAME" "${where[@]}" "${options[@]}"
     ;;
   run)

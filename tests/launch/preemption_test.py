@@ -201,15 +201,18 @@ def test_slurm_job_goes_back_into_the_queue_and_continues(start, tmp_path):
         "VENV": str(Path(sys.executable).parents[1]), "SLURM_JOB_ID": "7",
     }  # fmt: skip
     # The parts of Slurm that the script calls: one task, and a queue that is a file.
-    (tmp_path / "srun").write_text('#!/bin/sh\nshift\nexec "$@"\n')
+    (tmp_path / "srun").write_text('#!/bin/sh\nshift\necho $$ >task\nexec "$@"\n')
     (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$*" >>queue\n')
-    for name in ("srun", "scontrol"):
+    (tmp_path / "scancel").write_text('#!/bin/sh\necho "$*" >>signals\nkill -TERM $(cat task)\n')
+    for name in ("srun", "scontrol", "scancel"):
         (tmp_path / name).chmod(0o755)
     command = ["bash", ROOT / "launch" / "slurm.sbatch", TRAIN[2], *TRAIN[4:]]
     job = start([*command, "--config.steps=100000"], **environment)
     wait_for(r"step 3/", job.log, job)
-    job.process.send_signal(signal.SIGTERM)
+    job.process.send_signal(signal.SIGUSR1)
+    job.process.send_signal(signal.SIGUSR1)
     assert job.finish() == 143, job.log.read_text()
+    assert (tmp_path / "signals").read_text() == "--signal=TERM 7\n"
     assert (tmp_path / "queue").read_text() == "requeue 7\n"
     (saved,) = steps(tmp_path / "run")
     job = start([*command, f"--config.steps={saved + 2}"], **environment)
