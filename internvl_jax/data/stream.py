@@ -174,8 +174,7 @@ class Reader(Iterator[dict[str, np.ndarray]]):
         self._timeout, self._max_bad_fraction = timeout, max_bad_fraction
         self._batches, self._next = batches, start
         self._stop = threading.Event()
-        self._done: dict[int, queue.Queue] = {}
-        self._inner = None
+        self._inner, self._threads = None, threads
         if workers:
             if not flags.FLAGS.is_parsed():  # Grain has flags, of which we set none
                 flags.FLAGS.mark_as_parsed()
@@ -224,8 +223,7 @@ class Reader(Iterator[dict[str, np.ndarray]]):
             with contextlib.suppress(Exception):
                 self._inner.close()
         else:
-            for _ in range(64):
-                self._free.release()
+            self._free.release(self._threads)  # those that wait see that they are to stop
 
     def _slot(self, step):
         with self._lock:

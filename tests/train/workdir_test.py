@@ -95,3 +95,11 @@ def test_a_damaged_config_file_is_reported_and_replaced(tmp_path, capsys):
     workdir.claim(tmp_path, CONFIG, "abc", resuming=True)
     assert "config.json is damaged" in capsys.readouterr().err
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+
+
+def test_what_differs_in_the_data_is_shown(tmp_path):
+    content = {"settings": {"seed": 1}, "sources": {"0": ["webdataset a 5", 1.0]}}
+    workdir.claim(tmp_path, {}, "abc", resuming=False, data_content=content)
+    changed = {**content, "sources": {"0": ["webdataset a 6", 1.0]}}
+    with pytest.raises(workdir.WorkdirError, match=r"sources\.0: .*a 5.* → .*a 6"):
+        workdir.claim(tmp_path, {}, "abd", resuming=True, data_content=changed)

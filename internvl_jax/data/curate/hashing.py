@@ -26,7 +26,7 @@ PARTS = (
     (0.0, 0.0, 0.95, 1.0),
     (0.0, 0.0, 1.0, 0.95),
 )
-IMAGE_BITS = 8  # of 64 that may differ between near-duplicates
+IMAGE_BITS = 7  # of 64 that may differ between near-duplicates
 IMAGE_BANDS = 4  # of 16 bits: hashes that differ in up to three bits share one of them
 WORD_HASHES, CAPTION_BANDS = 64, 8  # a signature is cut into bands of eight
 CAPTION_SHARE = 0.8  # of the signature that near-duplicate captions have in common
