@@ -116,6 +116,8 @@ class Probe:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"unknown probe {self.kind!r}; there are {', '.join(KINDS)}")
+        if self.epochs < 2:
+            raise ValueError(f"epochs={self.epochs} must be at least 2: the first is the warm-up")
 
     def run(self, config: ModelConfig, params: features.Params) -> Iterator[tuple[str, float]]:
         """Train the head and evaluate, yielding (name, value)."""

@@ -88,7 +88,8 @@ def _class_names(dataset: str, language: str, folders: Sequence[str]) -> list[st
             f"class names of {dataset} in {language!r} come with CLIP_benchmark: "
             "pip install --no-deps clip-benchmark"
         )
-    if all(name.isdecimal() for name in folders) and "imagenet1k" in named:
+    numbered = all(name.isdecimal() for name in folders)  # as those of ImageNet-V2
+    if dataset == "imagenet1k" and numbered and dataset in named:
         return [named["imagenet1k"][int(name)] for name in folders]
     if len(named.get(dataset, ())) == len(folders):
         return named[dataset]

@@ -61,6 +61,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def _update(
     params, learnt, state, moments, pixels, labels, key, *, config, head, layers, tx, tune, aid
 ):
+    labels = replicate(labels)  # as the maps are
+
     def loss_of(learnt):
         tower = {**params, "vit": learnt["vit"]} if tune else params
         drops, dropout = jax.random.split(key)

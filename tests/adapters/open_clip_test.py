@@ -109,3 +109,5 @@ def test_prompts_are_those_of_clip_benchmark():
     for language, count in counts.items():
         made = prompts.build("imagenet1k", language, sorted(prompts._wnids()))
         assert len(made.texts[999]) == count
+    assert prompts.build("imagenet1k", "en", ["0", "7"]).classes == ["tench", "rooster"]
+    assert len(prompts.build("mnist", "en", [str(n) for n in range(10)]).classes[0]) == 1
