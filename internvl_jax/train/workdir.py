@@ -1,9 +1,10 @@
 """The work directory of a run: writable, owned by one run at a time, and of one experiment.
 
-<workdir>/config.json      the resolved config of the last run in it
-          checkpoints/     see `checkpoint`
-          metrics.jsonl, tensorboard/
-          lock             who is writing here now
+    <workdir>/config.json      the resolved config of the last run in it
+              checkpoints/     see `checkpoint`
+              metrics.jsonl, tensorboard/
+              goodput.json     see `goodput`
+              lock             who is writing here now
 """
 
 import contextlib
