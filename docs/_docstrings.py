@@ -1,4 +1,7 @@
-"""Docstrings as the pages show them: `name: what it is` becomes an item of a list."""
+"""Docstrings as the pages show them.
+
+`name: what it is` becomes an item of a list, and `<name>` stays what it is, no HTML.
+"""
 
 import re
 
@@ -14,8 +17,16 @@ class Items(griffe.Extension):
 
     def on_instance(self, *, obj: griffe.Object, **_: object) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = _ITEM.sub(self._item, obj.docstring.value)
+            text = _ITEM.sub(self._item, obj.docstring.value)
+            obj.docstring.value = "\n".join(map(self._escaped, text.split("\n")))
 
     @staticmethod
     def _item(match: re.Match[str]) -> str:
         return f"\n* **{match[1]}**: {_LARGER.sub(' ', match[2])}\n\n"
+
+    @staticmethod
+    def _escaped(line: str) -> str:
+        if line.startswith("    "):
+            return line  # a block of code
+        parts = line.split("`")  # every second one is code
+        return "`".join(x if n % 2 else x.replace("<", "&lt;") for n, x in enumerate(parts))

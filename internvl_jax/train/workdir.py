@@ -1,10 +1,11 @@
 """The work directory of a run: writable, owned by one run at a time, and of one experiment.
 
-<workdir>/config.json      the resolved config of the last run in it
-          data.json        what its batches are made of, and the fingerprint of that
-          checkpoints/     see `checkpoint`
-          metrics.jsonl, tensorboard/
-          lock             who is writing here now
+    <workdir>/config.json      the resolved config of the last run in it
+              data.json        what its batches are made of, and the fingerprint of that
+              checkpoints/     see `checkpoint`
+              metrics.jsonl, tensorboard/
+              goodput.json     see `goodput`
+              lock             who is writing here now
 """
 
 import contextlib
