@@ -25,7 +25,7 @@ ALLOWED = {
     "evals": {"beam_search", "data", "decoding", "generate", "kernels", "models", "sharding"},
     "convert": {"models", "rules", "sharding"},
     "train": {"data", "evals", "losses", "models", "objectives", "rules", "sharding"},
-    "plan": {"models", "objectives", "rules", "sharding", "train"},
+    "plan": {"kernels", "models", "objectives", "rules", "sharding", "train"},
     "serving": {"decoding", "generate", "models", "sharding"},
     "loading": {
         "convert",
