@@ -1,6 +1,7 @@
 """Attention behind one function, with masks as small values."""
 
 from internvl_jax.kernels.attention import attention
+from internvl_jax.kernels.attention_qkv import attention_qkv
 from internvl_jax.kernels.masks import (
     ITC,
     ITG,
@@ -26,4 +27,5 @@ __all__ = [
     "Prefix",
     "Separate",
     "attention",
+    "attention_qkv",
 ]
