@@ -29,6 +29,7 @@ CHUNK = 256  # queries whose scores against all keys are held at once
 LONGEST = 1152
 MEGABYTE = 2**20
 
+_PLAIN = (((1,), (0,)), ((), ()))
 _ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # [T, D] · [S, D] → [T, S]
 _COLUMNS_BY_ROWS = (((0,), (0,)), ((), ()))  # [S, T] · [S, D] → [T, D]
 
@@ -90,6 +91,11 @@ def _forward(settings, qkv, weights):
         out_shape=[
             jax.ShapeDtypeStruct((batch, length, wide // 3), qkv.dtype),
             jax.ShapeDtypeStruct((batch, padded, LANES), jnp.float32),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((3, length, LANES), qkv.dtype),
+            pltpu.VMEM((3, length, LANES), qkv.dtype),
+            pltpu.VMEM((3, length, _main(length)), jnp.float32),
         ],
         compiler_params=_parameters(qkv, thirds=4),
         name="attention_qkv_forward",
@@ -210,7 +216,7 @@ def _inverse_rms(qkv_ref, first: int, heads: int, eps: float) -> jax.Array:
 
 def _forward_kernel(qkv_ref, *refs, heads, eps, normalised):
     weight_ref = refs[0] if normalised else None
-    out_ref, log_sum_ref = refs[-2:]
+    out_ref, log_sum_ref, query_ref, key_ref, scores_ref = refs[-5:]
     length = qkv_ref.shape[1]
     main = _main(length)
     inverse = (
@@ -221,31 +227,50 @@ def _forward_kernel(qkv_ref, *refs, heads, eps, normalised):
     to_base_2 = LANES**-0.5 * math.log2(math.e)
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
 
-    def one_head(head):
-        query, key = (
-            _normalised(qkv_ref, weight_ref, inverse, part, head, heads)[1] for part in range(2)
-        )
-        value = qkv_ref[0, :, _lanes(head, 2 * heads)]
-        for rows in _chunks(length, main):
-            chunk = query[rows]
-            scores = _dot(chunk, key[:main], _ROWS_BY_ROWS)  # [t, S]
-            top = jnp.max(scores, axis=1, keepdims=True)
-            if main < length:
-                last = _row_products(chunk, key[main:])
-                top = jnp.maximum(top, last)
-            weights = jnp.exp2((scores - top) * to_base_2)
-            total = jnp.sum(weights, axis=1, keepdims=True)
-            mixed = _dot(weights.astype(value.dtype), value[:main], (((1,), (0,)), ((), ())))
-            if main < length:
-                weight = jnp.exp2((last - top) * to_base_2)
-                total += weight
-                mixed += weight * value[main:].astype(jnp.float32)
-            out_ref[0, rows, _lanes(head)] = (mixed / total).astype(out_ref.dtype)
-            log_sum_ref[0, rows, :] = jnp.where(
-                lane == head, top * to_base_2 + jnp.log2(total), log_sum_ref[0, rows, :]
-            )
+    def normalise(head, slot):
+        for part, ref in enumerate((query_ref, key_ref)):
+            ref[slot] = _normalised(qkv_ref, weight_ref, inverse, part, head, heads)[1]
 
-    _for_heads(one_head, heads, length)
+    def score(head, slot):
+        scores_ref[slot] = _dot(query_ref[slot], key_ref[slot, :main], _ROWS_BY_ROWS)  # [T, S]
+
+    def mix(head, slot):
+        scores = scores_ref[slot]
+        top = jnp.max(scores, axis=1, keepdims=True)
+        if main < length:
+            last = _row_products(query_ref[slot], key_ref[slot, main:])
+            top = jnp.maximum(top, last)
+        weights = jnp.exp2((scores - top) * to_base_2)
+        total = jnp.sum(weights, axis=1, keepdims=True)
+        value = qkv_ref[0, :, _lanes(head, 2 * heads)]
+        mixed = _dot(weights.astype(value.dtype), value[:main], _PLAIN)
+        if main < length:
+            weight = jnp.exp2((last - top) * to_base_2)
+            total += weight
+            mixed += weight * value[main:].astype(jnp.float32)
+        out_ref[0, :, _lanes(head)] = (mixed / total).astype(out_ref.dtype)
+        log_sum_ref[0, :length, :] = jnp.where(
+            lane == head, top * to_base_2 + jnp.log2(total), log_sum_ref[0, :length, :]
+        )
+
+    _pipeline((normalise, score, mix), heads)
+
+
+def _pipeline(stages: tuple, heads: int) -> None:
+    """Stage i works on head t − i at step t, so that vector and matrix work of different heads
+    stand side by side for the compiler to interleave.
+
+    A head keeps its slot of the scratch buffers through all stages. Steps before the first head
+    and after the last repeat that one: what they write is written again, or the same.
+    """
+    slots = len(stages)
+
+    @pl.loop(0, pl.cdiv(heads + slots - 1, slots))
+    def _(turn):
+        for i in range(slots):
+            for stage, work in reversed(list(enumerate(stages))):
+                head = jnp.clip(turn * slots + i - stage, 0, heads - 1)
+                work(head, (i - stage) % slots)
 
 
 def _for_heads(one_head, heads: int, length: int) -> None:
@@ -305,9 +330,8 @@ def _backward_kernel(qkv_ref, gradient_ref, log_sum_ref, *refs, heads, eps, norm
             pull = _dot(value, gradient[rows], _ROWS_BY_ROWS)
             mean = jnp.sum(weights * pull, axis=0, keepdims=True)
             push = (weights * (pull - mean)).astype(key.dtype)
-            plain = (((1,), (0,)), ((), ()))
-            value_gradient += _dot(weights.astype(value.dtype), gradient[rows], plain)
-            key_gradient += _dot(push, query[rows], plain)
+            value_gradient += _dot(weights.astype(value.dtype), gradient[rows], _PLAIN)
+            key_gradient += _dot(push, query[rows], _PLAIN)
             query_gradients.append(_dot(push, key, _COLUMNS_BY_ROWS))
         if main < length:
             last_query, last_gradient = (a[main:].astype(jnp.float32) for a in (query, gradient))
