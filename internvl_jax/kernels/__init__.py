@@ -8,9 +8,11 @@ from internvl_jax.kernels.masks import (
     Causal,
     Full,
     Keys,
+    Lengths,
     Mask,
     Middleware,
     Prefix,
+    Segments,
     Separate,
 )
 
@@ -21,9 +23,11 @@ __all__ = [
     "Causal",
     "Full",
     "Keys",
+    "Lengths",
     "Mask",
     "Middleware",
     "Prefix",
+    "Segments",
     "Separate",
     "attention",
 ]
