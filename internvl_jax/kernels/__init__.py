@@ -9,9 +9,11 @@ from internvl_jax.kernels.masks import (
     Causal,
     Full,
     Keys,
+    Lengths,
     Mask,
     Middleware,
     Prefix,
+    Segments,
     Separate,
 )
 
@@ -22,9 +24,11 @@ __all__ = [
     "Causal",
     "Full",
     "Keys",
+    "Lengths",
     "Mask",
     "Middleware",
     "Prefix",
+    "Segments",
     "Separate",
     "attention",
     "attention_qkv",
