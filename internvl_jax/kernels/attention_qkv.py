@@ -1,17 +1,20 @@
 """Attention on a fused projection's own output, QK-normalisation included."""
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from internvl_jax.kernels import qkv_tpu
 from internvl_jax.kernels.attention import attention
 from internvl_jax.kernels.masks import Full, Mask
-from internvl_jax.sharding import spec
+from internvl_jax.sharding import platform, spec
 
+log = logging.getLogger(__name__)
 IMPLEMENTATIONS = ("pallas_tpu", "xla", "reference")
 
 
@@ -56,17 +59,29 @@ def attention_qkv(
         reason = _refusal(qkv, num_heads, mask)
         if implementation == "pallas_tpu" and reason is not None:
             raise ValueError(f"attention implementation 'pallas_tpu' cannot run: {reason}")
-        # The kernel itself runs anywhere, but only a TPU compiles it.
-        if implementation == "pallas_tpu" or (reason is None and _platform() == "tpu"):
+        # By name it runs on a CPU too, interpreted.
+        chosen = implementation or ("pallas_tpu" if reason is None else "xla")
+        if implementation is None and platform() == "tpu":
+            _say_once(chosen, platform(), qkv.shape[1:], reason)
+        if chosen == "pallas_tpu" and (implementation or platform() == "tpu"):
             return _kernel(qkv, num_heads, qk_norm, eps)
     return _composed(qkv, num_heads, qk_norm, eps, mask, implementation)
 
 
 def _refusal(qkv: jax.Array, num_heads: int, mask: Mask) -> str | None:
+    """Why the kernel cannot run; None where it can."""
+    if platform() not in ("tpu", "cpu"):
+        return f"Pallas TPU kernels do not run on {platform()}"
     if not isinstance(mask, Full):
         return f"the kernel has no mask {type(mask).__name__}"
+    mesh = jax.sharding.get_abstract_mesh()
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        if kind == AxisType.Auto and mesh.shape[name] > 1:
+            return f"mesh axis {name!r} is automatic; kernels need explicit or manual axes"
+    if any(_spec(qkv)[1:]):
+        return f"positions or columns are sharded: {_spec(qkv)}"
     reason = qkv_tpu.supports(qkv, num_heads)
-    if reason is None and _platform() == "tpu":
+    if reason is None and platform() == "tpu":
         wanted, there = qkv_tpu.memory(qkv), pltpu.get_tpu_info().vmem_capacity_bytes
         if wanted > there:
             reason = (
@@ -76,27 +91,36 @@ def _refusal(qkv: jax.Array, num_heads: int, mask: Mask) -> str | None:
     return reason
 
 
-def _platform() -> str:
-    """Of the current mesh's devices, which may exist for the compiler only."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+def _spec(array: jax.Array) -> tuple:
+    return tuple(jax.typeof(array).sharding.spec)
+
+
+@functools.cache
+def _say_once(name: str, where: str, shape: tuple[int, ...], reason: str | None) -> None:
+    because = f" (pallas_tpu: {reason})" if reason else ""
+    log.info("fused attention on %s, %s × %s: %s%s", where, *shape, name, because)
 
 
 def _kernel(qkv, num_heads, qk_norm, eps):
-    run = functools.partial(
-        qkv_tpu.attention, num_heads=num_heads, eps=eps, interpret=_platform() != "tpu"
-    )
-    if jax.sharding.get_abstract_mesh().empty:
-        return run(qkv, qk_norm=qk_norm)
-    rows = spec("batch", None, None)
+    def local(qkv, qk_norm):
+        return qkv_tpu.attention(
+            qkv, num_heads=num_heads, qk_norm=qk_norm, eps=eps, interpret=platform() != "tpu"
+        )
+
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True)
+            if t == AxisType.Explicit}  # fmt: skip
+    if not axes:
+        return local(qkv, qk_norm)
+    rows = P(*_spec(qkv))
     weights = None if qk_norm is None else P()
-    local = jax.shard_map(
-        lambda qkv, qk_norm: run(qkv, qk_norm=qk_norm),
+    return jax.shard_map(
+        local,
         in_specs=(rows, weights),
         out_specs=rows,
-        check_vma=False,  # Pallas calls do not say over which axes their results vary
-    )
-    return local(qkv, qk_norm)
+        axis_names=axes,
+        check_vma=False,  # a Pallas call does not say over which axes its results vary
+    )(qkv, qk_norm)
 
 
 def _composed(qkv, num_heads, qk_norm, eps, mask, implementation):
