@@ -32,7 +32,7 @@ STAGES = {
 # What a stage is set to on each topology; the rest is as in its config.
 SETTINGS: dict[str, dict[str, dict[str, int]]] = {
     "v5e:16x16": {
-        "stage1": {"chunks": 8},
+        "stage1": {"chunks": 10},
         "stage1_224": {"chunks": 20},
         "stage2": {"chunks": 5},
         "stage3": {"chunks": 2},

@@ -6,11 +6,13 @@ cycles in which the core issues; waits for transfers from HBM come on top where 
 take longer than that.
 """
 
+import atexit
+import contextlib
+import functools
 import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 _EXIT = re.compile(r"totalorder\s+%\S+,\s+(\d+)\s+/\* loop exit test \*/")
@@ -18,7 +20,7 @@ _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s")
 _FILE = re.compile(r"\d+-(.*)-\d+-final_bundles\.txt$")
 
 
-@contextmanager
+@contextlib.contextmanager
 def dumped() -> Iterator[Path]:
     """A folder for the schedules of what is compiled within; call before libtpu is loaded."""
     with tempfile.TemporaryDirectory(prefix="tpu_schedules_") as folder:
@@ -29,6 +31,15 @@ def dumped() -> Iterator[Path]:
             yield Path(folder)
         finally:
             os.environ["LIBTPU_INIT_ARGS"] = before
+
+
+@functools.cache
+def keep_schedules() -> Path:
+    """As `dumped`, for all that this process will compile."""
+    kept = contextlib.ExitStack()
+    folder = kept.enter_context(dumped())
+    atexit.register(kept.close)
+    return folder
 
 
 def clear(folder: Path) -> None:

@@ -13,7 +13,15 @@ from typing import Any
 
 import jax
 
-from internvl_jax.plan import chips, compiling, experiment, inference, schedule, topology
+from internvl_jax.plan import (
+    chips,
+    compiling,
+    experiment,
+    inference,
+    kernels,
+    schedule,
+    topology,
+)
 
 GIB = 2**30
 
@@ -174,7 +182,8 @@ def on(
         + memory.generated_code_size_in_bytes
     )
     places = [device.coords for device in built.mesh.devices.flat]
-    read = schedule.read(text, chip, places, shape)
+    known = kernels.cycles(kernels.keep_schedules(), text)
+    read = schedule.read(text, chip, places, shape, known)
     per_chip = chip.devices_per_chip / 1e9
     kinds = {
         kind: (sent * per_chip, exposed * per_chip)

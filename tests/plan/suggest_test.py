@@ -25,7 +25,7 @@ def test_a_candidate_is_a_config_and_the_flags_that_give_it():
 
 @pytest.mark.slow
 def test_candidates_are_ranked_by_compiled_layers():
-    config = configuration.load("stage1_contrastive:tiny", [("chunks", "2")])
+    config = configuration.load("language:tiny")
     told = []
     with topology.opened("v5e:2x2") as devices:
         found = suggest.rank(config, "v5e:2x2", devices, told.append)
