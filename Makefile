@@ -11,13 +11,14 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile \
 # A worker per core; the tests of a file share what they train, so they stay together.
 PYTEST = $(VENV)/bin/python -m pytest -q --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
-.PHONY: help demo test test-all lint docs clean
+.PHONY: help demo test test-all plans lint docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train InternVL through its stages on the embedded data (runs/demo)"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests, slow ones included: PyTorch, the TPU compiler"
+	@echo "make plans     ask the TPU compiler about every stage again (plans/; hours)"
 	@echo "make lint      style checks"
 	@echo "make docs      the documentation as a web site (build/docs)"
 	@echo "make clean     remove the virtual environment and build outputs; keeps runs/"
@@ -32,6 +33,9 @@ test: $(READY)
 
 test-all: $(READY_ALL) $(READY_CURATE)
 	$(PYTEST) -m "slow or not slow"
+
+plans: $(READY_ALL)
+	$(VENV)/bin/python scripts/make_plans.py
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

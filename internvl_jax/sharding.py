@@ -86,6 +86,13 @@ def physical(logical: str | None) -> str | tuple[str, ...] | None:
     return None if logical is None else LOGICAL_AXES[logical]
 
 
+def platform() -> str:
+    """Platform of the current mesh's devices ("tpu" also where only its compiler is at hand),
+    or of JAX's default backend outside any mesh."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
+
+
 def spec(*logical: str | None) -> P | None:
     """Partition spec of an array whose axes have these logical names.
 

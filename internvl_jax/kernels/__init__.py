@@ -1,6 +1,7 @@
 """Attention behind one function, with masks as small values."""
 
 from internvl_jax.kernels.attention import attention
+from internvl_jax.kernels.attention_qkv import attention_qkv
 from internvl_jax.kernels.masks import (
     ITC,
     ITG,
@@ -8,9 +9,11 @@ from internvl_jax.kernels.masks import (
     Causal,
     Full,
     Keys,
+    Lengths,
     Mask,
     Middleware,
     Prefix,
+    Segments,
     Separate,
 )
 
@@ -21,9 +24,12 @@ __all__ = [
     "Causal",
     "Full",
     "Keys",
+    "Lengths",
     "Mask",
     "Middleware",
     "Prefix",
+    "Segments",
     "Separate",
     "attention",
+    "attention_qkv",
 ]

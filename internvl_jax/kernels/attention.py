@@ -1,12 +1,41 @@
 """The one attention function of the project, and the choice of what runs it."""
 
+import functools
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 
-from internvl_jax.kernels import reference, xla
+from internvl_jax.kernels import cudnn, pallas_tpu, reference, xla
 from internvl_jax.kernels.masks import Full, Mask
+from internvl_jax.sharding import platform
 
 FULL = Full()
-IMPLEMENTATIONS = {"xla": xla.attention, "reference": reference.attention}
+log = logging.getLogger(__name__)
+
+
+class Implementation(NamedTuple):
+    """What computes attention, and where.
+
+    Attributes:
+        attention: (query, key, value, *, mask, scale) → [B, T, H, D].
+        supports: (query, key, value, mask) → None, or why it cannot run.
+        platforms: where it is chosen without being asked for; empty for everywhere.
+    """
+
+    attention: Callable[..., jax.Array]
+    supports: Callable[..., str | None]
+    platforms: tuple[str, ...] = ()
+
+
+# In the order of preference.
+IMPLEMENTATIONS = {
+    "pallas_tpu": Implementation(pallas_tpu.attention, pallas_tpu.supports, ("tpu",)),
+    "cudnn": Implementation(cudnn.attention, cudnn.supports, ("gpu", "cuda")),
+    "xla": Implementation(xla.attention, xla.supports),
+    "reference": Implementation(reference.attention, reference.supports),
+}
 
 
 def attention(
@@ -25,19 +54,49 @@ def attention(
         key, value: [B, S, K, D], K dividing H.
         mask: what each query sees (`kernels.masks`); a row that sees nothing gives zeros.
         scale: multiplies the scores; 1/sqrt(D) by default.
-        implementation: "xla" or "reference"; None chooses the fastest.
+        implementation: a name of `IMPLEMENTATIONS`; None takes the first that can run here.
+            "pallas_tpu" by name also runs on a CPU, interpreted (slowly).
 
     Returns:
         [B, T, H, D] in the dtype of `value`; scores and softmax are float32.
 
     Raises:
-        ValueError: unknown implementation, or head counts that do not divide.
+        ValueError: unknown implementation, one that cannot run (with the reason), or head counts
+            that do not divide.
     """
-    name = "xla" if implementation is None else implementation
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {name!r}: choose from {list(IMPLEMENTATIONS)}")
     if query.shape[2] % key.shape[2]:
         raise ValueError(
             f"{query.shape[2]} query heads do not divide over {key.shape[2]} key heads"
         )
-    return IMPLEMENTATIONS[name](query, key, value, mask=mask, scale=scale)
+    if implementation is None:
+        chosen = _choose(query, key, value, mask)
+    else:
+        chosen = implementation
+        if chosen not in IMPLEMENTATIONS:
+            names = list(IMPLEMENTATIONS)
+            raise ValueError(f"attention implementation {chosen!r}: choose from {names}")
+        reason = IMPLEMENTATIONS[chosen].supports(query, key, value, mask)
+        if reason is not None:
+            raise ValueError(f"attention implementation {chosen!r} cannot run here: {reason}")
+    return IMPLEMENTATIONS[chosen].attention(query, key, value, mask=mask, scale=scale)
+
+
+def _choose(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> str:
+    """The first implementation of this platform whose guard accepts; says so once."""
+    here, reasons = platform(), []
+    for name, (_, supports, platforms) in IMPLEMENTATIONS.items():
+        if platforms and here not in platforms:
+            continue
+        reason = supports(query, key, value, mask)
+        if reason is None:
+            shape = f"{query.shape[1]} × {key.shape[1]} positions, {query.shape[3]} wide"
+            _say_once(name, here, shape, "; ".join(reasons))
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise ValueError(f"no attention implementation runs here: {'; '.join(reasons)}")
+
+
+@functools.cache
+def _say_once(name: str, here: str, shape: str, reasons: str) -> None:
+    because = f" ({reasons})" if reasons else ""
+    log.info("attention on %s, %s: %s%s", here, shape, name, because)

@@ -1,7 +1,5 @@
 """Attention masks as small values: what may be seen is computed, never stored per head.
 
-    mask.visible(T, S) → bool, broadcastable to [B, T, S]; True where query t may see key s.
-
 QLLaMA runs sequences of Q query tokens followed by text. Its modes (q = queries, t = text):
 
         Full (ITM)          Separate (ITC)      Prefix (ITG)        Causal
@@ -10,30 +8,63 @@ QLLaMA runs sequences of Q query tokens followed by text. Its modes (q = queries
         t   ■   ■           t   ·   ◣           t   ■   ◣
 
 Masks combine with `&`: `Causal() & Keys(ids > 0)`.
+
+A mask is a pytree whose arrays lie along the batch (`ROW`, [B]), the keys (`KEY`, [B, S]) or the
+queries (`QUERY`, [B, T]). One formula, `sees`, serves everywhere: XLA gives it whole arrays, a
+kernel a mask rebuilt (`replace`) from the scalars and vectors of its tile. `span` applies it to
+whole tiles, whose positions and values are known by their least and greatest, so that a kernel
+can pass over what nothing sees and leave unmasked what everything sees.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 ITM, ITC, ITG = 0, 1, 2  # row modes of `Middleware`
+ROW, KEY, QUERY = "row", "key", "query"  # what an array of a mask lies along
+EVERY = 2**30  # beyond any position
+
+
+class Span(NamedTuple):
+    """The least and the greatest of a tile's positions or values."""
+
+    low: Any
+    high: Any
 
 
 class Mask:
     """What a query position may see; combine two with `&`."""
 
+    along: tuple[str, ...] = ()  # of each array, in the order of `jax.tree.leaves`
+
+    def sees(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        """Whether positions `query` see positions `key`; all shapes broadcast."""
+        raise TypeError(f"{type(self).__name__} does not say what is visible")
+
+    def span(self, query: Span, key: Span) -> tuple[Any, Any]:
+        """(some pair may be visible, every pair surely is) of a tile; arrays are scalars or spans.
+
+        Python booleans where the kind of mask alone decides.
+        """
+        return True, False
+
+    def replace(self, arrays: Sequence[Any]) -> "Mask":
+        """The same mask with other arrays in the order of `along`."""
+        return jax.tree.unflatten(jax.tree.structure(self), arrays)
+
     def visible(self, num_queries: int, num_keys: int) -> jax.Array:
         """Boolean array broadcastable to [B, T, S]."""
-        raise TypeError(f"{type(self).__name__} does not say what is visible")
+        axes = {ROW: (1, 2), KEY: (1,), QUERY: (2,)}
+        arrays = zip(jax.tree.leaves(self), self.along, strict=True)
+        spread = self.replace([jnp.expand_dims(a, axes[along]) for a, along in arrays])
+        query = jnp.arange(num_queries)[None, :, None]
+        return spread.sees(query, jnp.arange(num_keys)[None, None, :])
 
     def __and__(self, other: "Mask") -> "Mask":
         return Both(self, other)
-
-
-def _positions(num_queries: int, num_keys: int) -> tuple[jax.Array, jax.Array]:
-    """Query and key positions as [1, T, 1] and [1, 1, S]."""
-    return jnp.arange(num_queries)[None, :, None], jnp.arange(num_keys)[None, None, :]
 
 
 @jax.tree_util.register_dataclass
@@ -41,18 +72,94 @@ def _positions(num_queries: int, num_keys: int) -> tuple[jax.Array, jax.Array]:
 class Full(Mask):
     """Everything sees everything."""
 
-    def visible(self, num_queries: int, num_keys: int) -> jax.Array:
-        return jnp.ones((1, 1, num_keys), bool)
+    def sees(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        return key >= 0
+
+    def span(self, query: Span, key: Span) -> tuple[Any, Any]:
+        return True, True
+
+
+class Interval(Mask):
+    """Masks by which each query sees one run of keys, whose two ends never move back."""
+
+    def keys(self, query: jax.Array) -> tuple[Any, Any]:
+        """First and last key position that each query sees."""
+        raise TypeError(f"{type(self).__name__} does not say which keys are seen")
+
+    def sees(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        first, last = self.keys(query)
+        upper = key <= last
+        return upper if isinstance(first, int) and first == 0 else upper & (key >= first)
+
+    def span(self, query: Span, key: Span) -> tuple[Any, Any]:
+        (first, last), (first_after, last_after) = self.keys(query.low), self.keys(query.high)
+        some = (key.high >= first) & (key.low <= last_after)
+        return some, (key.low >= first_after) & (key.high <= last)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Causal(Mask):
+class Causal(Interval):
     """Position t sees positions 0…t."""
 
-    def visible(self, num_queries: int, num_keys: int) -> jax.Array:
-        query, key = _positions(num_queries, num_keys)
-        return key <= query
+    def keys(self, query: jax.Array) -> tuple[Any, Any]:
+        return 0, query
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Lengths(Interval):
+    """Only the first `count` keys of each row are seen, by every query."""
+
+    count: jax.Array  # int32 [B]
+    along = (ROW,)
+
+    def keys(self, query: jax.Array) -> tuple[Any, Any]:
+        return 0, self.count - 1
+
+
+@dataclass(frozen=True)
+class Prefix(Interval):
+    """The first `size` positions see one another; later ones see all before them (ITG)."""
+
+    size: int
+
+    def keys(self, query: jax.Array) -> tuple[Any, Any]:
+        return 0, jnp.maximum(query, self.size - 1)
+
+
+@dataclass(frozen=True)
+class Separate(Interval):
+    """The first `size` positions see one another; later ones causally see only later ones (ITC)."""
+
+    size: int
+
+    def keys(self, query: jax.Array) -> tuple[Any, Any]:
+        return jnp.where(query < self.size, 0, self.size), jnp.maximum(query, self.size - 1)
+
+
+jax.tree_util.register_dataclass(Prefix, data_fields=[], meta_fields=["size"])
+jax.tree_util.register_dataclass(Separate, data_fields=[], meta_fields=["size"])
+
+
+@dataclass(frozen=True)
+class Middleware(Interval):
+    """A mode per row, so that one pass of QLLaMA serves several objectives.
+
+    `mode` is int32 [B]: ITM rows are `Full`, ITC rows `Separate`, ITG rows `Prefix`.
+    """
+
+    size: int
+    mode: jax.Array
+    along = (ROW,)
+
+    def keys(self, query: jax.Array) -> tuple[Any, Any]:
+        text = jnp.where(self.mode == ITC, self.size, 0)
+        least = jnp.where(self.mode == ITM, EVERY, self.size - 1)
+        return jnp.where(query < self.size, 0, text), jnp.maximum(query, least)
+
+
+jax.tree_util.register_dataclass(Middleware, data_fields=["mode"], meta_fields=["size"])
 
 
 @jax.tree_util.register_dataclass
@@ -61,57 +168,30 @@ class Keys(Mask):
     """Only keys marked valid are seen, by every query."""
 
     valid: jax.Array  # bool [B, S]
+    along = (KEY,)
 
-    def visible(self, num_queries: int, num_keys: int) -> jax.Array:
-        return self.valid[:, None, :]
+    def sees(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        return self.valid != 0
+
+    def span(self, query: Span, key: Span) -> tuple[Any, Any]:
+        return self.valid.high != 0, self.valid.low != 0
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Prefix(Mask):
-    """The first `size` positions see one another; later ones see all before them (ITG)."""
+class Segments(Mask):
+    """Packed sequences: a query sees the keys whose segment number is its own."""
 
-    size: int
+    query: jax.Array  # int32 [B, T]
+    key: jax.Array  # int32 [B, S]
+    along = (QUERY, KEY)
 
-    def visible(self, num_queries: int, num_keys: int) -> jax.Array:
-        query, key = _positions(num_queries, num_keys)
-        return (key <= query) | ((query < self.size) & (key < self.size))
+    def sees(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        return self.query == self.key
 
-
-@dataclass(frozen=True)
-class Separate(Mask):
-    """The first `size` positions see one another; later ones causally see only later ones (ITC)."""
-
-    size: int
-
-    def visible(self, num_queries: int, num_keys: int) -> jax.Array:
-        query, key = _positions(num_queries, num_keys)
-        in_prefix = (query < self.size) & (key < self.size)
-        in_text = (query >= self.size) & (key >= self.size) & (key <= query)
-        return in_prefix | in_text
-
-
-jax.tree_util.register_dataclass(Prefix, data_fields=[], meta_fields=["size"])
-jax.tree_util.register_dataclass(Separate, data_fields=[], meta_fields=["size"])
-
-
-@dataclass(frozen=True)
-class Middleware(Mask):
-    """A mode per row, so that one pass of QLLaMA serves several objectives.
-
-    `mode` is int32 [B]: ITM rows are `Full`, ITC rows `Separate`, ITG rows `Prefix`.
-    """
-
-    size: int
-    mode: jax.Array
-
-    def visible(self, num_queries: int, num_keys: int) -> jax.Array:
-        mode = self.mode[:, None, None]
-        separate = Separate(self.size).visible(num_queries, num_keys)
-        prefix = Prefix(self.size).visible(num_queries, num_keys)
-        return (mode == ITM) | ((mode == ITC) & separate) | ((mode == ITG) & prefix)
-
-
-jax.tree_util.register_dataclass(Middleware, data_fields=["mode"], meta_fields=["size"])
+    def span(self, query: Span, key: Span) -> tuple[Any, Any]:
+        some = (self.query.low <= self.key.high) & (self.key.low <= self.query.high)
+        return some, (self.query.low == self.key.high) & (self.key.low == self.query.high)
 
 
 @jax.tree_util.register_dataclass
@@ -122,6 +202,14 @@ class Both(Mask):
     first: Mask
     second: Mask
 
-    def visible(self, num_queries: int, num_keys: int) -> jax.Array:
-        first = self.first.visible(num_queries, num_keys)
-        return first & self.second.visible(num_queries, num_keys)
+    @property
+    def along(self) -> tuple[str, ...]:
+        return self.first.along + self.second.along
+
+    def sees(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        return self.first.sees(query, key) & self.second.sees(query, key)
+
+    def span(self, query: Span, key: Span) -> tuple[Any, Any]:
+        some, every = self.first.span(query, key)
+        also, all_too = self.second.span(query, key)
+        return some & also, every & all_too

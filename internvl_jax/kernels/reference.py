@@ -9,7 +9,9 @@ from internvl_jax.kernels.masks import Mask
 def probabilities(
     query: jax.Array, key: jax.Array, *, mask: Mask, scale: float | None = None
 ) -> jax.Array:
-    """Attention probabilities, float32 [B, H, T, S]; rows that see no key are all zero.
+    """Attention probabilities [B, H, T, S]; rows that see no key are all zero.
+
+    Computed in float32, or in float64 for float64 inputs.
 
     Args:
         query: [B, T, H, D].
@@ -20,20 +22,28 @@ def probabilities(
     batch, length, heads, dim = query.shape
     scale = dim**-0.5 if scale is None else scale
     grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
+    exact = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=exact)
     visible = mask.visible(length, key.shape[1])[:, None, None]
-    scores = jnp.where(visible, scores * scale, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(visible, scores * scale, jnp.finfo(exact).min)
     weights = jnp.where(visible, jax.nn.softmax(scores, axis=-1), 0.0)
     return weights.reshape(batch, heads, length, key.shape[1])
+
+
+def supports(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> str | None:
+    """Runs everywhere."""
+    return None
 
 
 def attention(
     query: jax.Array, key: jax.Array, value: jax.Array, *, mask: Mask, scale: float | None = None
 ) -> jax.Array:
-    """Scaled dot-product attention, [B, T, H, D]; float32 softmax, result in the value's dtype."""
+    """Scaled dot-product attention, [B, T, H, D]; softmax in float32 (or float64), result in the
+    value's dtype."""
+    exact = jnp.promote_types(value.dtype, jnp.float32)
     weights = probabilities(query, key, mask=mask, scale=scale).astype(value.dtype)
     batch, heads, length, keys = weights.shape
     groups = value.shape[2]
     weights = weights.reshape(batch, groups, heads // groups, length, keys)
-    mixed = jnp.einsum("bkgts,bskd->btkgd", weights, value, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum("bkgts,bskd->btkgd", weights, value, preferred_element_type=exact)
     return mixed.reshape(batch, length, heads, value.shape[-1]).astype(value.dtype)

@@ -6,6 +6,11 @@ import jax.numpy as jnp
 from internvl_jax.kernels.masks import Full, Mask
 
 
+def supports(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> str | None:
+    """Runs everywhere."""
+    return None
+
+
 def attention(
     query: jax.Array, key: jax.Array, value: jax.Array, *, mask: Mask, scale: float | None = None
 ) -> jax.Array:

@@ -33,18 +33,20 @@ class ViTAttention(nnx.Module):
         width = config.width
         self.heads = config.num_heads
         self.qkv = Linear(width, 3 * width, first, axes=(None, "vit_wide"), bias=config.qkv_bias)
-        eps = config.eps if config.qk_eps is None else config.qk_eps
-        self.q_norm = RMSNorm(width, eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(width, eps) if config.qk_norm else None
+        self.eps = config.eps if config.qk_eps is None else config.qk_eps
+        self.q_norm = RMSNorm(width, self.eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(width, self.eps) if config.qk_norm else None
         self.proj = Linear(width, width, second, axes=(None, "vit_wide"), bias=True)
 
     def __call__(self, x: jax.Array, scale: jax.Array) -> jax.Array:
         """[B, N, D] → [B, N, D], times `scale` [D]."""
-        query, key, value = (checkpoint_name(a, "qkv") for a in self.qkv.split(x, 3))
-        if self.q_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key, value = (split_heads(a, self.heads) for a in (query, key, value))
-        mixed = merge_heads(kernels.attention(query, key, value))
+        norms = None if self.q_norm is None else (self.q_norm.scale[...], self.k_norm.scale[...])
+        mixed = kernels.attention_qkv(
+            checkpoint_name(self.qkv(x), "qkv"),
+            num_heads=self.heads,
+            qk_norm=norms,
+            eps=self.eps,
+        )
         return self.proj(checkpoint_name(mixed, "attention"), scale=scale)
 
 

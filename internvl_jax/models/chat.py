@@ -14,7 +14,15 @@ from internvl_jax.kernels import Causal, Full, Keys
 from internvl_jax.models import qllama
 from internvl_jax.models.attention import CrossAttention
 from internvl_jax.models.config import ChatConfig, LanguageModelConfig
-from internvl_jax.models.layers import EMBEDDING_STD, LayerNorm, Linear, Mlp, normal, stack
+from internvl_jax.models.layers import (
+    EMBEDDING_STD,
+    LayerNorm,
+    Linear,
+    Mlp,
+    gelu,
+    normal,
+    stack,
+)
 from internvl_jax.models.llama import Cache, Llama, make_cache, mask_positions
 from internvl_jax.models.vit import ViT
 from internvl_jax.sharding import spec
@@ -46,7 +54,7 @@ class ShuffleProjector(nnx.Module):
         self.fc2 = Linear(width, width, second, axes=(None, "embed"), bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(self.norm(x)), approximate=False))
+        return self.fc2(gelu(self.fc1(self.norm(x))))
 
 
 class Chat(nnx.Module):

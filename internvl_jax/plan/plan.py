@@ -7,15 +7,21 @@ docs/scale.md says).
 """
 
 import dataclasses
-import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from internvl_jax.plan import chips, experiment, inference, schedule, topology
+from internvl_jax.plan import (
+    chips,
+    compiling,
+    experiment,
+    inference,
+    kernels,
+    schedule,
+    topology,
+)
 
 GIB = 2**30
 
@@ -115,20 +121,21 @@ def make(
         InferenceError: see `inference.build`.
     """
     with topology.opened(name) as devices:
-        if inference_mode is None:
-            built = experiment.build(config, devices)
-        else:
-            built = inference.build(config, devices, inference_mode)
-        return _plan(config, built, name, devices, dump)
+        return on(config, name, devices, dump, inference_mode)
 
 
-def _plan(
+def on(
     config: Any,
-    built: experiment.Experiment,
     name: str,
     devices: Sequence[Any],
-    dump: str | Path | None,
+    dump: str | Path | None = None,
+    inference_mode: str | None = None,
 ) -> Plan:
+    """`make` on the devices of an opened topology."""
+    if inference_mode is None:
+        built = experiment.build(config, devices)
+    else:
+        built = inference.build(config, devices, inference_mode)
     chip, shape = chips.parse(name)
     plan = Plan(
         fits=False,
@@ -150,23 +157,19 @@ def _plan(
             needed_source="count of the arguments alone",
             advice=_more_shards(built.mesh),
         )
-    started = time.monotonic()
     try:
-        with jax.set_mesh(built.mesh):
-            traced = built.step.trace(*built.arguments)
-            compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+        compiled, seconds = compiling.compiled(
+            built.step, built.arguments, built.mesh, arguments
+        )
+    except compiling.OutOfMemory as error:
         return dataclasses.replace(
             plan,
             argument_gib=arguments * grain,
-            needed_gib=needed_bytes(str(error), arguments) * grain,
+            needed_gib=error.needed * grain,
             needed_source="compiler",
-            compile_s=time.monotonic() - started,
+            compile_s=error.seconds,
             advice=_advice(config, built.mesh),
         )
-    seconds = time.monotonic() - started
     text = compiled.as_text()
     if dump is not None:
         Path(dump).write_text(text, encoding="utf-8")
@@ -179,7 +182,8 @@ def _plan(
         + memory.generated_code_size_in_bytes
     )
     places = [device.coords for device in built.mesh.devices.flat]
-    read = schedule.read(text, chip, places, shape)
+    known = kernels.cycles(kernels.keep_schedules(), text)
+    read = schedule.read(text, chip, places, shape, known)
     per_chip = chip.devices_per_chip / 1e9
     kinds = {
         kind: (sent * per_chip, exposed * per_chip)
@@ -202,23 +206,6 @@ def _plan(
         compile_s=seconds,
         advice="" if peak <= chip.hbm else _advice(config, built.mesh),
     )
-
-
-_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def needed_bytes(message: str, arguments: float) -> float:
-    """Bytes of HBM that a program would have needed, from the compiler's out-of-memory message.
-
-    arguments: bytes to add where the message speaks of temporaries alone.
-    """
-    used = re.search(r"Used ([\d.]+)([KMGT]?)B? of [\d.]+[KMGT]?B? hbm", message)
-    temporaries = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)", message)
-    found = used or temporaries
-    if not found:
-        raise ValueError(f"the compiler's out-of-memory message names no size: {message[:300]}")
-    size = float(found.group(1)) * _UNITS[found.group(2)]
-    return size if used else size + arguments
 
 
 def _more_shards(mesh: jax.sharding.Mesh) -> str:

@@ -3,13 +3,13 @@
 Two clocks run through the instructions in order: the core's, by the compiler's own cycle estimates,
 and that of the links between chips. A collective takes the links when it starts; the core waits for
 it where the schedule says that it must be done. That waiting is what is exposed. All times are
-estimates; the cycles hold no Pallas kernel's body.
+estimates; those of a Pallas kernel's body come from its own schedule (`kernels`).
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from internvl_jax.plan import hlo
 from internvl_jax.plan.chips import Chip
@@ -76,7 +76,11 @@ class _Transfer:
 
 
 def read(
-    text: str, chip: Chip, coordinates: Sequence[Sequence[int]], shape: Sequence[int]
+    text: str,
+    chip: Chip,
+    coordinates: Sequence[Sequence[int]],
+    shape: Sequence[int],
+    kernels: Mapping[str, int] | None = None,
 ) -> Schedule:
     """Schedule of a compiled program.
 
@@ -85,13 +89,14 @@ def read(
         chip: whose clock and links count.
         coordinates: place in the torus of each partition, in the order of the mesh.
         shape: of the slice, in chips.
+        kernels: instruction → cycles of one call of a Pallas kernel (`kernels.cycles`).
     """
-    return _Reader(hlo.parse(text), chip, coordinates, tuple(shape)).run(None)
+    return _Reader(hlo.parse(text), chip, coordinates, tuple(shape), kernels or {}).run(None)
 
 
 class _Reader:
-    def __init__(self, program, chip, coordinates, shape):
-        self.program, self.chip = program, chip
+    def __init__(self, program, chip, coordinates, shape, kernels):
+        self.program, self.chip, self.kernels = program, chip, kernels
         self.coordinates, self.shape = coordinates, shape
 
     @functools.cache  # noqa: B019 - lives as long as one reading
@@ -114,9 +119,11 @@ class _Reader:
                 done += [c.times(trips) for c in inner.collectives]
                 kernels += trips * inner.kernels
             else:
-                now += line.cycles / self.chip.clock
-                compute += line.cycles / self.chip.clock
-                kernels += 'custom_call_target="tpu_custom_call"' in line.attributes
+                is_kernel = 'custom_call_target="tpu_custom_call"' in line.attributes
+                known = self.kernels.get(line.name) if is_kernel else line.cycles
+                now += (known or 0) / self.chip.clock
+                compute += (known or 0) / self.chip.clock
+                kernels += known is None
             for start in ends.get(index, ()):
                 wait = max(0.0, finish[start] - now)
                 now += wait

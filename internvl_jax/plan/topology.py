@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from internvl_jax.plan import chips
+from internvl_jax.plan import chips, kernels
 
 INSTALL = "pip install 'internvl-jax[plan]'"
 
@@ -41,6 +41,7 @@ def opened(topology: str) -> Iterator[list[Any]]:
         os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
         # The lock above does what libtpu's own would, which fails where this one waits.
         os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+        kernels.keep_schedules()
         from jax.experimental import topologies
 
         try:

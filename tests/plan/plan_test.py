@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from internvl_jax.plan import plan
+from internvl_jax.plan import compiling
 
 ARGUMENTS = 2**30
 
@@ -26,7 +26,7 @@ ARGUMENTS = 2**30
     ],
 )
 def test_what_a_program_would_have_needed(message, gib):
-    assert plan.needed_bytes(message, ARGUMENTS) / 2**30 == pytest.approx(gib, rel=1e-3)
+    assert compiling.needed_bytes(message, ARGUMENTS) / 2**30 == pytest.approx(gib, rel=1e-3)
 
 
 def test_a_wrong_topology_is_an_error_before_anything_is_loaded():

@@ -148,3 +148,17 @@ def test_sizes_hold_the_padding_of_tiles():
     assert hlo.bytes_of("(f32[2,128]{1,0}, s32[])") == 2 * 128 * 4 + 4
     assert hlo.bytes_of("(f32[2,128]{1,0}, bf16[8]{0})", largest=True) == 1024
     assert hlo.bytes_of("pred[16]{0}") == 16
+
+
+def test_a_kernel_takes_the_cycles_of_its_own_schedule():
+    text = """HloModule m
+
+ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {
+  %a = bf16[64,128]{1,0} parameter(0)
+  %known = bf16[64,128]{1,0} custom-call(%a), custom_call_target="tpu_custom_call"
+  ROOT %unknown = bf16[64,128]{1,0} custom-call(%known), custom_call_target="tpu_custom_call"
+}
+"""
+    read = schedule.read(text, V5E, ROW, (4, 1), {"known": 3_000_000})
+    assert read.seconds == read.compute_seconds == pytest.approx(3e6 / 1.5e9)
+    assert read.kernels == 1  # whose time nobody knows

@@ -1,0 +1,382 @@
+"""InternViT's attention as one Pallas TPU kernel each way, on the projection's own output.
+
+A grid step holds the rows of one image: queries, keys and values of all heads lie beside one
+another in `[T, 3·H·D]`, and a head is a slice of D = 128 lanes. Nothing is padded, transposed or
+reshaped in HBM on either side, and the scores never leave VMEM. QK-normalisation over the full
+width H·D happens inside, where the rows already are.
+
+InternViT's lengths are one more than a multiple of 128 (256 patches and the class token). The
+matrix unit works in tiles of 128 keys, so the last key (forward) or query (backward) would cost it
+a whole tile: where one row is left over, the vector unit handles it.
+
+The forward pass keeps the log-sum-exp of each row and head, in base 2. The backward pass works on
+transposed scores, keys down and queries across: of its five products only that of the query's
+gradient then has an operand to transpose, and per-query numbers are rows, spread over the keys for
+free.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+CHUNK = 256  # queries whose scores against all keys are held at once
+LONGEST = 1152
+MEGABYTE = 2**20
+
+_PLAIN = (((1,), (0,)), ((), ()))
+_ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # [T, D] · [S, D] → [T, S]
+_COLUMNS_BY_ROWS = (((0,), (0,)), ((), ()))  # [S, T] · [S, D] → [T, D]
+
+
+def supports(qkv: jax.Array, num_heads: int) -> str | None:
+    """Why these kernels cannot take such an array; None where they can."""
+    length, wide = qkv.shape[1:]
+    if wide % (3 * num_heads):
+        return f"{wide} columns are not queries, keys and values of {num_heads} heads"
+    if wide // (3 * num_heads) != LANES:
+        return f"a head has {wide // (3 * num_heads)} columns, the kernel takes {LANES}"
+    if num_heads > LANES:
+        return f"{num_heads} heads; the kernel takes at most {LANES}"
+    if length > LONGEST:
+        return f"{length} tokens; the kernel takes at most {LONGEST}"
+    if qkv.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"the dtype is {qkv.dtype}, not bfloat16 or float32"
+    return None
+
+
+def attention(
+    qkv: jax.Array,
+    *,
+    num_heads: int,
+    qk_norm: tuple[jax.Array, jax.Array] | None,
+    eps: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """Unmasked attention, [B, T, 3·H·D] → [B, T, H·D]; see `kernels.attention_qkv`."""
+    settings = (num_heads, eps, interpret)
+    if qk_norm is None:
+        return _attend(settings, qkv, None)
+    weights = jnp.stack([w.astype(qkv.dtype) for w in qk_norm])
+    return _attend(settings, qkv, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(settings: tuple, qkv: jax.Array, weights: jax.Array | None) -> jax.Array:
+    return _forward(settings, qkv, weights)[0]
+
+
+def _save(settings, qkv, weights):
+    out, log_sum = _forward(settings, qkv, weights)
+    return out, (qkv, weights, checkpoint_name(log_sum, "attention"))
+
+
+def _forward(settings, qkv, weights):
+    heads, eps, interpret = settings
+    batch, length, wide = qkv.shape
+    padded = pl.cdiv(length, LANES) * LANES
+    kernel = functools.partial(
+        _forward_kernel, heads=heads, eps=eps, normalised=weights is not None
+    )
+    return pl.pallas_call(
+        kernel,
+        grid=(batch,),
+        in_specs=[_rows(length, wide), *_weight_specs(weights, wide)],
+        out_specs=[_rows(length, wide // 3), _rows(padded, LANES)],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, length, wide // 3), qkv.dtype),
+            jax.ShapeDtypeStruct((batch, padded, LANES), jnp.float32),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((3, length, LANES), qkv.dtype),
+            pltpu.VMEM((3, length, LANES), qkv.dtype),
+            pltpu.VMEM((3, length, _main(length)), jnp.float32),
+        ],
+        compiler_params=_parameters(qkv, thirds=4),
+        name="attention_qkv_forward",
+        interpret=interpret,
+    )(qkv, *(() if weights is None else (weights,)))
+
+
+def _backward(settings, saved, gradient):
+    heads, eps, interpret = settings
+    qkv, weights, log_sum = saved
+    batch, length, wide = qkv.shape
+    normalised = weights is not None
+    padded = log_sum.shape[1]
+    kernel = functools.partial(_backward_kernel, heads=heads, eps=eps, normalised=normalised)
+    weight_gradients = [(1, 2, wide // 3)] if normalised else []
+    out = pl.pallas_call(
+        kernel,
+        grid=(batch,),
+        in_specs=[
+            _rows(length, wide),
+            _rows(length, wide // 3),
+            _rows(padded, LANES),
+            *_weight_specs(weights, wide),
+        ],
+        out_specs=[
+            _rows(length, wide),
+            *(pl.BlockSpec(shape, lambda b: (b, 0, 0)) for shape in weight_gradients),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
+            *(
+                jax.ShapeDtypeStruct((batch, *shape[1:]), jnp.float32)
+                for shape in weight_gradients
+            ),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((LANES, padded), jnp.float32),
+            *([pltpu.VMEM((2, length, LANES), jnp.float32)] if normalised else []),
+        ],
+        compiler_params=_parameters(qkv, thirds=7),
+        name="attention_qkv_backward",
+        interpret=interpret,
+    )(qkv, gradient, log_sum, *(() if weights is None else (weights,)))
+    if not normalised:
+        return out[0], None
+    return out[0], jnp.sum(out[1], axis=0).astype(weights.dtype)
+
+
+_attend.defvjp(_save, _backward)
+
+
+def _rows(length: int, width: int) -> pl.BlockSpec:
+    return pl.BlockSpec((1, length, width), lambda b: (b, 0, 0))
+
+
+def _weight_specs(weights: jax.Array | None, wide: int) -> list[pl.BlockSpec]:
+    return [] if weights is None else [pl.BlockSpec((2, wide // 3), lambda b: (0, 0))]
+
+
+def memory(qkv: jax.Array, thirds: int = 7) -> int:
+    """Bytes of VMEM for the blocks of a step and of the next, and for a few heads' scores.
+
+    thirds: of the size of an image's qkv that all blocks together have; backward by default.
+    """
+    length, wide = qkv.shape[1:]
+    rows = pl.cdiv(length, 16) * 16
+    blocks = 2 * rows * wide * qkv.dtype.itemsize * thirds // 3
+    scores = 12 * min(rows, CHUNK + LANES) * (rows + LANES) * 4
+    return blocks + scores + 2 * MEGABYTE
+
+
+def _parameters(qkv: jax.Array, thirds: int) -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel",), vmem_limit_bytes=memory(qkv, thirds)
+    )
+
+
+def _main(length: int) -> int:
+    """Rows for the matrix unit: all, or all but a last one that would take a tile of its own."""
+    return length - 1 if length > 1 and length % LANES == 1 else length
+
+
+def _chunks(length: int, main: int) -> list[slice]:
+    """Queries in pieces of CHUNK; the last takes what is left over beyond `main`."""
+    starts = list(range(0, main, CHUNK))
+    ends = [*starts[1:], length]
+    return [slice(a, b) for a, b in zip(starts, ends, strict=True)]
+
+
+def _together(heads: int, length: int) -> int:
+    """Heads per pass of the loop, whose matrix and vector work the compiler then interleaves."""
+    most = 5 if length <= 2 * CHUNK else 1
+    return next(n for n in range(most, 0, -1) if heads % n == 0)
+
+
+def _dot(a: jax.Array, b: jax.Array, dimensions: tuple) -> jax.Array:
+    exact = a.dtype == jnp.float32
+    return jax.lax.dot_general(
+        a, b, dimensions, preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
+    )  # fmt: skip
+
+
+def _lanes(head: jax.Array | int, first: int = 0):
+    """The columns of a head, `first` heads into the array."""
+    return pl.ds(pl.multiple_of((head + first) * LANES, LANES), LANES)
+
+
+def _inverse_rms(qkv_ref, first: int, heads: int, eps: float) -> jax.Array:
+    """rsqrt(mean(x²) + eps) over the H·D columns from head `first` on, float32 [T, 1]."""
+    squares = 0.0
+    for head in range(heads):
+        x = qkv_ref[0, :, _lanes(head, first)].astype(jnp.float32)
+        squares += x * x
+    mean = jnp.sum(squares, axis=1, keepdims=True) / (heads * LANES)
+    return jax.lax.rsqrt(mean + eps)
+
+
+def _forward_kernel(qkv_ref, *refs, heads, eps, normalised):
+    weight_ref = refs[0] if normalised else None
+    out_ref, log_sum_ref, query_ref, key_ref, scores_ref = refs[-5:]
+    length = qkv_ref.shape[1]
+    main = _main(length)
+    inverse = (
+        [_inverse_rms(qkv_ref, part * heads, heads, eps) for part in range(2)]
+        if normalised
+        else None
+    )
+    to_base_2 = LANES**-0.5 * math.log2(math.e)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+
+    def normalise(head, slot):
+        for part, ref in enumerate((query_ref, key_ref)):
+            ref[slot] = _normalised(qkv_ref, weight_ref, inverse, part, head, heads)[1]
+
+    def score(head, slot):
+        scores_ref[slot] = _dot(query_ref[slot], key_ref[slot, :main], _ROWS_BY_ROWS)  # [T, S]
+
+    def mix(head, slot):
+        scores = scores_ref[slot]
+        top = jnp.max(scores, axis=1, keepdims=True)
+        if main < length:
+            last = _row_products(query_ref[slot], key_ref[slot, main:])
+            top = jnp.maximum(top, last)
+        weights = jnp.exp2((scores - top) * to_base_2)
+        total = jnp.sum(weights, axis=1, keepdims=True)
+        value = qkv_ref[0, :, _lanes(head, 2 * heads)]
+        mixed = _dot(weights.astype(value.dtype), value[:main], _PLAIN)
+        if main < length:
+            weight = jnp.exp2((last - top) * to_base_2)
+            total += weight
+            mixed += weight * value[main:].astype(jnp.float32)
+        out_ref[0, :, _lanes(head)] = (mixed / total).astype(out_ref.dtype)
+        log_sum_ref[0, :length, :] = jnp.where(
+            lane == head, top * to_base_2 + jnp.log2(total), log_sum_ref[0, :length, :]
+        )
+
+    _pipeline((normalise, score, mix), heads)
+
+
+def _pipeline(stages: tuple, heads: int) -> None:
+    """Stage i works on head t − i at step t, so that vector and matrix work of different heads
+    stand side by side for the compiler to interleave.
+
+    A head keeps its slot of the scratch buffers through all stages. Steps before the first head
+    and after the last repeat that one: what they write is written again, or the same.
+    """
+    slots = len(stages)
+
+    @pl.loop(0, pl.cdiv(heads + slots - 1, slots))
+    def _(turn):
+        for i in range(slots):
+            for stage, work in reversed(list(enumerate(stages))):
+                head = jnp.clip(turn * slots + i - stage, 0, heads - 1)
+                work(head, (i - stage) % slots)
+
+
+def _for_heads(one_head, heads: int, length: int) -> None:
+    together = _together(heads, length)
+
+    @pl.loop(0, heads // together)
+    def _(group):
+        for i in range(together):
+            one_head(group * together + i)
+
+
+def _row_products(rows: jax.Array, row: jax.Array) -> jax.Array:
+    """[T, D] · [1, D] → float32 [T, 1] on the vector unit."""
+    product = rows.astype(jnp.float32) * row.astype(jnp.float32)
+    return jnp.sum(product, axis=1, keepdims=True)
+
+
+def _normalised(qkv_ref, weight_ref, inverse, part: int, head, heads: int):
+    """Queries (part 0) or keys (1) of a head, [T, D]: without and with the norm's weight.
+
+    Rounded as `models.layers.RMSNorm` rounds: after the statistics, and after the weight.
+    """
+    x = qkv_ref[0, :, _lanes(head, part * heads)]
+    if weight_ref is None:
+        return x, x
+    unit = (x.astype(jnp.float32) * inverse[part]).astype(x.dtype)
+    weight = weight_ref[part : part + 1, _lanes(head)].astype(jnp.float32)
+    return unit, (unit.astype(jnp.float32) * weight).astype(x.dtype)
+
+
+def _backward_kernel(qkv_ref, gradient_ref, log_sum_ref, *refs, heads, eps, normalised):
+    if normalised:
+        weight_ref, out_ref, weight_gradient_ref, log_sums_ref, radial_ref = refs
+        radial_ref[...] = jnp.zeros_like(radial_ref)
+        inverse = [_inverse_rms(qkv_ref, part * heads, heads, eps) for part in range(2)]
+    else:
+        (out_ref, log_sums_ref), weight_ref, inverse = refs, None, None
+    length = qkv_ref.shape[1]
+    main = _main(length)
+    scale = LANES**-0.5
+    to_base_2 = scale * math.log2(math.e)
+    log_sums_ref[...] = log_sum_ref[0].T  # a row per head
+
+    def one_head(head):
+        units, (query, key) = zip(
+            *(_normalised(qkv_ref, weight_ref, inverse, part, head, heads) for part in range(2)),
+            strict=True,
+        )
+        value = qkv_ref[0, :, _lanes(head, 2 * heads)]
+        gradient = gradient_ref[0, :, _lanes(head)]
+        log_sum = log_sums_ref[pl.ds(head, 1), :]
+        query_gradients = []
+        key_gradient = value_gradient = 0.0
+        for rows in _chunks(main, main):
+            scores = _dot(key, query[rows], _ROWS_BY_ROWS)  # [S, t]
+            weights = jnp.exp2(scores * to_base_2 - log_sum[:, rows])
+            pull = _dot(value, gradient[rows], _ROWS_BY_ROWS)
+            mean = jnp.sum(weights * pull, axis=0, keepdims=True)
+            push = (weights * (pull - mean)).astype(key.dtype)
+            value_gradient += _dot(weights.astype(value.dtype), gradient[rows], _PLAIN)
+            key_gradient += _dot(push, query[rows], _PLAIN)
+            query_gradients.append(_dot(push, key, _COLUMNS_BY_ROWS))
+        if main < length:
+            last_query, last_gradient = (a[main:].astype(jnp.float32) for a in (query, gradient))
+            weights = jnp.exp2(
+                _row_products(key, last_query) * to_base_2 - log_sum[:, main : main + 1]
+            )
+            pull = _row_products(value, last_gradient)
+            push = weights * (pull - jnp.sum(weights * pull, axis=0, keepdims=True))
+            value_gradient += weights * last_gradient
+            key_gradient += push * last_query
+            query_gradients.append(
+                jnp.sum(push * key.astype(jnp.float32), axis=0, keepdims=True)
+            )
+        out_ref[0, :, _lanes(head, 2 * heads)] = value_gradient.astype(out_ref.dtype)
+        starts = [rows.start for rows in _chunks(main, main)] + [main]
+        pieces = [
+            [(slice(a, a + g.shape[0]), g) for a, g in zip(starts, query_gradients, strict=False)],
+            [(slice(0, length), key_gradient)],
+        ]
+        for part, parts in enumerate(pieces):
+            weight_gradient = 0.0
+            for rows, piece in parts:
+                piece = (piece * scale).astype(out_ref.dtype)
+                if normalised:
+                    piece = piece.astype(jnp.float32)
+                    unit = units[part][rows].astype(jnp.float32)
+                    weight = weight_ref[part : part + 1, _lanes(head)].astype(jnp.float32)
+                    along = piece * unit
+                    weight_gradient += jnp.sum(along, axis=0, keepdims=True)
+                    radial_ref[part, rows, :] += along * weight
+                    piece = (piece * weight).astype(out_ref.dtype)
+                out_ref[0, rows, _lanes(head, part * heads)] = piece
+            if normalised:
+                weight_gradient_ref[0, part : part + 1, _lanes(head)] = weight_gradient
+
+    _for_heads(one_head, heads, length)
+    if not normalised:
+        return
+    for part in range(2):
+        radial = jnp.sum(radial_ref[part], axis=1, keepdims=True) / (heads * LANES)
+        away = inverse[part] * inverse[part] * radial
+
+        @pl.loop(0, heads)
+        def _(head, part=part, away=away):
+            columns = _lanes(head, part * heads)
+            x = qkv_ref[0, :, columns].astype(jnp.float32)
+            wide = out_ref[0, :, columns].astype(jnp.float32)
+            out_ref[0, :, columns] = (wide * inverse[part] - x * away).astype(out_ref.dtype)

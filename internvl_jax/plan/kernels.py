@@ -1,0 +1,90 @@
+"""Cycles of Pallas kernels, which no estimate of the compiled program holds.
+
+The TPU compiler writes a kernel's final schedule if asked to: instruction bundles of which one
+issues per cycle, and loops whose trip counts stand in their exit tests. Bundles times trips are the
+cycles in which the core issues; waits for transfers from HBM come on top where the kernel's bytes
+take longer than that.
+"""
+
+import atexit
+import contextlib
+import functools
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_EXIT = re.compile(r"totalorder\s+%\S+,\s+(\d+)\s+/\* loop exit test \*/")
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s")
+_FILE = re.compile(r"\d+-(.*)-\d+-final_bundles\.txt$")
+
+
+@contextlib.contextmanager
+def dumped() -> Iterator[Path]:
+    """A folder for the schedules of what is compiled within; call before libtpu is loaded."""
+    with tempfile.TemporaryDirectory(prefix="tpu_schedules_") as folder:
+        before = os.environ.get("LIBTPU_INIT_ARGS", "")
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        os.environ["LIBTPU_INIT_ARGS"] = f"{before} {flags}".strip()
+        try:
+            yield Path(folder)
+        finally:
+            os.environ["LIBTPU_INIT_ARGS"] = before
+
+
+@functools.cache
+def keep_schedules() -> Path:
+    """As `dumped`, for all that this process will compile."""
+    kept = contextlib.ExitStack()
+    folder = kept.enter_context(dumped())
+    atexit.register(kept.close)
+    return folder
+
+
+def clear(folder: Path) -> None:
+    """Forget the schedules so far, before another program is compiled."""
+    for file in folder.iterdir():
+        file.unlink()
+
+
+def cycles(folder: Path, program: str) -> dict[str, int]:
+    """Issue cycles of one call of each Pallas kernel, by its instruction in the program's text.
+
+    program: `Compiled.as_text()` of the only program compiled since `dumped` or `clear`.
+    """
+    calls = set(re.findall(r'%([\w.\-]+) = [^\n]*?custom_call_target="tpu_custom_call"', program))
+    found = {}
+    for file in folder.iterdir():
+        name = _FILE.match(file.name)
+        if name and name.group(1) in calls:
+            found[name.group(1)] = issue_cycles(file.read_text(errors="replace"))
+    return found
+
+
+def issue_cycles(schedule: str) -> int:
+    """Bundles times loop trips of one kernel's final schedule."""
+    depths: list[int] = []
+    exits: list[tuple[int, int]] = []  # bundle, trips
+    for line in schedule.splitlines():
+        if _BUNDLE.match(line):
+            marks, _, bundle = line.partition("{")
+            # An empty bundle has no loop marks; it belongs to the loop in which it stands.
+            empty = bundle.strip().startswith("}") and depths
+            depths.append(depths[-1] if empty else marks.count(">"))
+        exits += [(len(depths) - 1, int(trips)) for trips in _EXIT.findall(line)]
+    weights = [1] * len(depths)
+    for first, last, trips in {_loop(depths, at, trips) for at, trips in exits}:
+        for i in range(first, last + 1):
+            weights[i] *= trips
+    return sum(weights)
+
+
+def _loop(depths: list[int], at: int, trips: int) -> tuple[int, int, int]:
+    """The stretch of bundles around `at` that are nested at least as deep."""
+    first = last = at
+    while first > 0 and depths[first - 1] >= depths[at]:
+        first -= 1
+    while last + 1 < len(depths) and depths[last + 1] >= depths[at]:
+        last += 1
+    return first, last, trips

@@ -1,0 +1,174 @@
+"""One layer of each tower, compiled alone: what a plan would say, in seconds instead of minutes.
+
+A tower's layers run in a scan, so the compiler sees one of them however many there are. Each tower
+is compiled at its real depth, batch and sharding, forward and with its gradient, without what lies
+around it: embeddings, heads, loss, optimizer. Good for comparing settings and for noticing a
+change; a whole plan has the last word.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from internvl_jax import rules, sharding
+from internvl_jax.kernels import Causal, Full, Keys
+from internvl_jax.models import ChatConfig, InternVLConfig, LanguageModelConfig, init
+from internvl_jax.models import config as models
+from internvl_jax.plan import chips, compiling, experiment, kernels, schedule
+from internvl_jax.train import state as states
+
+GIB = 2**30
+# Objectives that compare the examples of a batch: with chunks, their features come first.
+_CACHED = ("contrastive", "generative", "retrieval")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """All layers of a tower over one chunk of the batch: bytes per device, time an estimate.
+
+    tower: "vit", "middleware", "llama" or "llm". part: "features" (forward, before the chunks'
+    gradients), "forward" (a frozen tower in the gradient's pass) or "gradient" (forward and back).
+    """
+
+    tower: str
+    part: str
+    temp_gib: float
+    collective_gb: float
+    exposed_gb: float
+    estimated_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tower:
+    name: str
+    layers: str  # regex over the paths of its parameters
+    run: Callable[..., jax.Array]  # (model, x, *others) → x
+    inputs: dict[str, tuple[jax.ShapeDtypeStruct, ...]]  # part → shapes of x and the others
+
+
+def measure(config: Any, name: str, devices: Sequence[Any]) -> list[Layers]:
+    """Compile the towers of an experiment for the devices of a topology.
+
+    Left out is the middleware of a chat model.
+
+    Raises:
+        MeshError: see `experiment.build`. OutOfMemory: a tower alone does not fit.
+    """
+    model_config = models.from_dict(config.model)
+    mesh = sharding.make_mesh(**config.mesh, devices=list(devices))
+    sharding.check_divisible(model_config, mesh, config.batch_size, config.chunks)
+    with jax.set_mesh(mesh):
+        shapes = states.on_mesh(init.abstract(model_config), mesh)
+        towers = _towers(config, model_config, mesh)
+    return [
+        _compile(config, model_config, shapes, tower, part, name, mesh)
+        for tower in towers
+        for part in tower.inputs
+    ]
+
+
+def _towers(config: Any, model_config: Any, mesh: jax.sharding.Mesh) -> list[_Tower]:
+    rows, length = config.batch_size // config.chunks, config.data.text_length
+    place, dtype = sharding.batch_sharding(mesh), jnp.dtype(config.model.dtype)
+
+    def array(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def parts(inputs: Any, first: Any = None, gradient: str = "gradient") -> dict[str, Any]:
+        cached = config.chunks > 1 and config.objective in _CACHED
+        before = {"features": inputs if first is None else first} if cached else {}
+        return before | {gradient: inputs}
+
+    towers = []
+    if isinstance(model_config, LanguageModelConfig):
+        key, language = "llama", model_config.llama
+    elif isinstance(model_config, ChatConfig):
+        key, language = "llm", model_config.llm
+    else:
+        key, language = "llama", model_config.llama
+    if not isinstance(model_config, LanguageModelConfig):
+        vit = model_config.vit
+        patches = (config.data.image_size // vit.patch_size) ** 2
+        patches -= int(patches * config.objective_options.get("mask_ratio", 0.0))
+        image = array(rows, 1 + patches, vit.width)
+        trained = "vit" in _trained(config, model_config)
+        kind = "gradient" if trained else "forward"
+        towers.append(
+            _Tower(
+                "vit",
+                r"vit/blocks/.*",
+                lambda model, x: model.vit.run(x, None, layers=vit.depth)[0],
+                parts((image,), gradient=kind),
+            )
+        )
+    if isinstance(model_config, InternVLConfig) and model_config.num_queries:
+        count = model_config.num_queries + length
+
+        def middleware(model: Any, x: jax.Array, vision: jax.Array) -> jax.Array:
+            return model.middleware(x, vision, mask=Full())[0]
+
+        # Three text groups share an image; features need one of them.
+        groups, one = (array(n * rows, count, language.width) for n in (3, 1))
+        inputs = parts((groups, image), (one, image))
+        towers.append(_Tower("middleware", r"llama/(blocks|norm)/.*|cross/.*", middleware, inputs))
+    else:
+
+        def decoder(model: Any, x: jax.Array, ids: jax.Array) -> jax.Array:
+            return getattr(model, key)(x, mask=Causal() & Keys(ids > 0))
+
+        inputs = (array(rows, length, language.width), array(rows, length, dtype=jnp.int32))
+        towers.append(_Tower(key, rf"{key}/(blocks|norm)/.*", decoder, parts(inputs)))
+    return towers
+
+
+def _trained(config: Any, model_config: Any) -> set[str]:
+    """Top-level names of the parameters that move."""
+    learned, _ = rules.partition(init.abstract(model_config), config.trainable)
+    return set(learned)
+
+
+def _compile(
+    config: Any,
+    model_config: Any,
+    shapes: Any,
+    tower: _Tower,
+    part: str,
+    name: str,
+    mesh: jax.sharding.Mesh,
+) -> Layers:
+    own, others = rules.partition(shapes, tower.layers)
+    try:
+        learned, frozen = rules.partition(own, config.trainable)
+    except rules.RuleError:  # none of them moves
+        learned, frozen = {}, own
+    rest = rules.merge(frozen, others)
+
+    def forward(learned: Any, rest: Any, x: jax.Array, *more: jax.Array) -> jax.Array:
+        return tower.run(init.bind(model_config, rules.merge(learned, rest)), x, *more)
+
+    def gradient(learned: Any, rest: Any, x: jax.Array, *more: jax.Array) -> Any:
+        y, pull = jax.vjp(lambda learned, x: forward(learned, rest, x, *more), learned, x)
+        return y, pull(x)
+
+    # Arguments that a tower does not use are dropped by `jit`.
+    step = jax.jit(gradient if part == "gradient" else forward)
+    arguments = (learned, rest, *tower.inputs[part])
+    used = experiment.bytes_per_device((own, tower.inputs[part]))
+    program, _ = compiling.compiled(step, arguments, mesh, used)
+    chip, shape = chips.parse(name)
+    places = [device.coords for device in mesh.devices.flat]
+    text = program.as_text()
+    known = kernels.cycles(kernels.keep_schedules(), text)
+    read = schedule.read(text, chip, places, shape, known)
+    kinds = read.bytes_by_kind().values()
+    return Layers(
+        tower=tower.name,
+        part=part,
+        temp_gib=program.memory_analysis().temp_size_in_bytes / GIB,
+        collective_gb=sum(sent for sent, _ in kinds) / 1e9,
+        exposed_gb=sum(exposed for _, exposed in kinds) / 1e9,
+        estimated_s=read.seconds,
+    )

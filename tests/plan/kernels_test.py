@@ -1,0 +1,32 @@
+"""Cycles of a kernel: its bundles, times the trips of the loops around them."""
+
+from internvl_jax.plan import kernels
+
+# Two bundles, a loop of 5 with 2 bundles of its own and an inner one of 3 × 2, then one bundle.
+SCHEDULE = """
+     0   :  { %a = vadd }
+   0x1   :  { %b = vadd }
+   0x2   : > { %c = vadd }
+   0x3   : >> { %d = vadd }
+   0x4   : >> { %e = ssub ; %f = totalorder %g, 3 /* loop exit test */ }
+   0x5   : > { %h = vadd ; %i = totalorder %j, 5 /* loop exit test */ }
+   0x6   :  { %k = vst }
+"""
+
+
+def test_loops_multiply_what_stands_in_them():
+    assert kernels.issue_cycles(SCHEDULE) == 2 + 5 * (2 + 3 * 2) + 1
+
+
+def test_an_empty_bundle_belongs_to_its_loop():
+    delayed = SCHEDULE.replace("   0x4", "   0x31   :  {}\n   0x4")
+    assert kernels.issue_cycles(delayed) == 2 + 5 * (2 + 3 * 3) + 1
+
+
+def test_only_the_programs_kernels_count(tmp_path):
+    for name in ("10-attention.1-03-final_bundles.txt", "11-fusion.7-03-final_bundles.txt"):
+        (tmp_path / name).write_text(SCHEDULE)
+    text = '  %attention.1 = f32[8] custom-call(%x), custom_call_target="tpu_custom_call"\n'
+    assert kernels.cycles(tmp_path, text) == {"attention.1": 43}
+    kernels.clear(tmp_path)
+    assert kernels.cycles(tmp_path, text) == {}
