@@ -208,7 +208,7 @@ def test_the_simulated_tpu_finds_no_race_no_stray_read_and_no_use_of_unwritten_m
     check(computed(attend, *arrays), by_hand(*arrays, allowed(mask, 150, 150)), jnp.float32)
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
-    assert not interpret_pallas_call.get_races().races_found
+    assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.parametrize("implementation", NAMES)
