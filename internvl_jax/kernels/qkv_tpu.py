@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 CHUNK = 256  # queries whose scores against all keys are held at once
-LONGEST = 1152
+LONGEST = 385
 MEGABYTE = 2**20
 
 _PLAIN = (((1,), (0,)), ((), ()))
