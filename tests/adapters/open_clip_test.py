@@ -79,7 +79,7 @@ def test_classification_of_clip_benchmark_agrees_with_ours(triple):
         encoder, tokenizer, names, ["the handwritten digit {c}"], "cpu", amp=False
     )
     logits, target = theirs.run_classification(
-        encoder, classifier, [(pictures, torch.from_numpy(labels))], "cpu", amp=False
+        encoder, classifier, [(pictures, torch.tensor(labels))], "cpu", amp=False
     )
     ours = scores.classification(logits.numpy(), labels)
     for k, name in ((1, "top1"), (5, "top5")):

@@ -94,6 +94,7 @@ def _write(root, records):
     (root / "pope" / "questions.jsonl").write_text(lines)
 
 
+@pytest.mark.slow
 def test_a_benchmark_is_read_from_files_and_answered(tmp_path):
     model = internvl_jax.load("demo-chat")
     records = [

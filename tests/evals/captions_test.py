@@ -21,6 +21,7 @@ def test_captions_of_the_demo_have_a_cider_above_that_of_an_untrained_model(figu
         assert trained[f"embedded.{language}.bleu4"] >= 0.3
 
 
+@pytest.mark.slow
 def test_nocaps_is_read_from_its_files(tmp_path, demo):
     (tmp_path / "nocaps/val").mkdir(parents=True)
     images, annotations = [], []

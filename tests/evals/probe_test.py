@@ -10,6 +10,7 @@ from internvl_jax.evals import evaluator, files, heads, probe
 from internvl_jax.models.attention import AttentionPool
 
 
+@pytest.mark.slow
 def test_nearest_neighbours_know_more_after_training(figures):
     trained, untrained = figures("knn", train_images=500)
     assert trained["scenes.top1"] >= 0.75 > 0.65 > untrained["scenes.top1"]
