@@ -30,7 +30,9 @@ DATA = [
 ]
 EVAL = ["pycocoevalcap>=1.2", "scikit-learn>=1.5"]  # CIDEr; linear probes
 DEMO = [*EVAL, "jinja2>=3.1"]  # scikit-learn also ships the handwritten digits; the report
+SERVE = ["starlette>=0.46", "uvicorn>=0.34"]  # the HTTP server
 DEV = [
+    "openai>=2",  # the client that the server is tested with
     "pytest>=8",
     "pytest-xdist>=3.6",  # the tests on all cores
     "ruff>=0.8",
@@ -58,7 +60,8 @@ setup(
         "data": DATA,
         "eval": EVAL,
         "demo": DEMO,
-        "dev": [*DATA, *EVAL, *DEMO, *DEV],
+        "serve": SERVE,
+        "dev": [*DATA, *EVAL, *DEMO, *SERVE, *DEV],
     },
     entry_points={"console_scripts": ["internvl-jax = internvl_jax.cli:main"]},
 )

@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
         return [flag for action in self._actions for flag in action.option_strings]
 
 
-COMMANDS = ("train", "evaluate", "generate", "convert", "plan", "demo")
+COMMANDS = ("train", "evaluate", "generate", "convert", "plan", "demo", "chat", "serve")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

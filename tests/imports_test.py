@@ -39,6 +39,7 @@ ALLOWED = {
         "sharding",
         "train",
     },
+    "server": {"data", "loading", "models", "serving"},
     "conversion": {"convert", "models", "train"},
     "configuration": {"data", "evals", "models", "objectives"},
 }
