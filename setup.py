@@ -39,7 +39,9 @@ CURATE = ["apache-beam>=2.70", "datasketch>=1.6", "pyarrow>=18"]
 EVAL = ["pycocoevalcap>=1.2", "scikit-learn>=1.5"]  # CIDEr; linear probes
 DEMO = [*EVAL, "jinja2>=3.1"]  # scikit-learn also ships the handwritten digits; the report
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
+SERVE = ["starlette>=0.46", "uvicorn>=0.34"]  # the HTTP server
 DEV = [
+    "openai>=2",  # the client that the server is tested with
     "pytest>=8",
     "pytest-xdist>=3.6",  # the tests on all cores
     "datasketch>=1.6",  # near-duplicate captions, tested without Beam
@@ -77,7 +79,8 @@ setup(
         "eval": EVAL,
         "demo": DEMO,
         "docs": DOCS,
-        "dev": [*DATA, *EVAL, *DEMO, *DOCS, *DEV],
+        "serve": SERVE,
+        "dev": [*DATA, *EVAL, *DEMO, *DOCS, *SERVE, *DEV],
     },
     entry_points={
         "console_scripts": ["internvl-jax = internvl_jax.cli:main"],

@@ -39,7 +39,18 @@ class _Parser(argparse.ArgumentParser):
         return groups[0][word]
 
 
-COMMANDS = ("train", "evaluate", "embed", "generate", "convert", "plan", "data", "demo")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "embed",
+    "generate",
+    "chat",
+    "serve",
+    "convert",
+    "plan",
+    "data",
+    "demo",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

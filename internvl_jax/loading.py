@@ -6,7 +6,7 @@ Training and evaluation on a mesh do not pass through here; they use `models` an
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 from internvl_jax import convert, models, serving
 from internvl_jax.data import conversation, image
-from internvl_jax.data.tokenizer import Tokenizer
+from internvl_jax.data.tokenizer import Detokenizer, Tokenizer
 from internvl_jax.decoding import Decoding, Generated
 from internvl_jax.evals import captioning, chat
 from internvl_jax.evals.features import in_batches
@@ -33,6 +33,7 @@ _ASSETS = Path(__file__).parent / "assets" / "demo"
 SHIPPED = {"demo": _ASSETS / "internvl", "demo-chat": _ASSETS / "chat"}
 TEXT_LENGTH = 80  # the released code's limit for captions
 _LARGEST_BATCH = 64
+_GREEDY = serving.Sampling()
 
 
 class LoadError(ValueError):
@@ -186,12 +187,7 @@ class Model:
         self, picture: Any, question: str, *, num_beams: int = 1, max_new_tokens: int = 40
     ) -> str:
         """The answer to a question about one image (Pillow image or uint8 [H, W, 3])."""
-        if not isinstance(self.config, ChatConfig):
-            raise LoadError(
-                f"chat needs a chat checkpoint, not {_kind(self.config)}; "
-                'load the work directory of stage 3, or "demo-chat"'
-            )
-        template = self.experiment.get("data", {}).get("template", "vicuna_v1")
+        template = self._template()
         with ambient_mesh(self.mesh):
             (answer,) = chat.write_answers(
                 self.config,
@@ -199,11 +195,75 @@ class Model:
                 _pixels([picture], self.config.input_size),
                 [question],
                 self._tokenizer(),
-                "brief" if template == "plain" else template,
+                template,
                 self._decoding(num_beams, max_new_tokens),
                 batch_size=1,
             )
         return answer
+
+    def chat_prompt(self, rounds: Sequence[tuple[str, str | None]]) -> list[int]:
+        """Ids of a conversation of (question, answer) with "<image>" marks; the last answer None.
+
+        Raises LoadError where `chat` does.
+        """
+        template = self._template()
+        return conversation.encode_chat(
+            self._tokenizer(), template, rounds, self.config.tokens_per_image
+        )[0]
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        images: Sequence[Sequence[Any]],
+        sampling: Sequence[serving.Sampling],
+        max_new_tokens: int,
+    ) -> Iterator[np.ndarray]:
+        """The next id of each chat prompt, int32 [N], step by step; see `serving.stream`.
+
+        images: for each prompt a list of its images, which may be empty.
+        """
+        size = self.config.input_size
+        blank = np.zeros((1, size, size, 3), np.uint8)  # no image position takes its features
+        pixels = [_pixels(group, size) if len(group) else blank for group in images]
+        steps = serving.stream(
+            self.config, self.params, prompts, sampling, max_new_tokens, images=pixels
+        )
+        while True:
+            with ambient_mesh(self.mesh):  # left before the reader's own code runs
+                tokens = next(steps, None)
+            if tokens is None:
+                return
+            yield tokens
+
+    def reply(
+        self,
+        rounds: Sequence[tuple[str, str | None]],
+        images: Sequence[Any],
+        *,
+        max_new_tokens: int = 256,
+        sampling: serving.Sampling = _GREEDY,
+    ) -> Iterator[str]:
+        """The answer to the last of several questions, piece by piece as it is written.
+
+        rounds, images: as for `chat_prompt` and, of one prompt, `stream`.
+        """
+        prompt = self.chat_prompt(rounds)
+        text = Detokenizer(self._tokenizer())
+        for (token,) in self.stream([prompt], [images], [sampling], max_new_tokens):
+            if token == self._tokenizer().eos_id:
+                break
+            yield text.push(token)
+        yield text.end()
+
+    def _template(self) -> str:
+        """Name of the chat template of this checkpoint."""
+        if not isinstance(self.config, ChatConfig):
+            raise LoadError(
+                f"chat needs a chat checkpoint, not {_kind(self.config)}; "
+                'load the work directory of stage 3, or "demo-chat"'
+            )
+        template = self.experiment.get("data", {}).get("template", "vicuna_v1")
+        return "brief" if template == "plain" else template
 
     def _batched(self, step: Any, rows: np.ndarray) -> np.ndarray:
         with ambient_mesh(self.mesh):

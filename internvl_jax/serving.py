@@ -2,14 +2,16 @@
 
 Prompts of different lengths are padded on the left to a common bucket, and the number of rows up to
 a power of two; neither changes a result. Reading the prompts and continuing them are two compiled
-programs, so other settings of the search do not compile the model's prefill again.
+programs, so other settings of the search do not compile the model's prefill again. `stream` gives
+the tokens one by one as they are chosen, each row by its own settings.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from internvl_jax import generate
@@ -71,23 +73,106 @@ def continue_prompts(
     Raises:
         ValueError: no prompt or an empty one, images that do not fit the prompts or the model.
     """
+    ids, valid, pixels = _padded(config, prompts, images)
+    history = np.where(valid, ids, -1)
+    ids, pixels, valid, history = place_batch((ids, pixels, valid, history))
+    room = ids.shape[1] + bucket(decoding.max_new_tokens)
+    logits, cache = _prefill(params, ids, pixels, valid, config=config, room=room)
+    key = jax.random.key(seed) if decoding.temperature > 0 else None
+    history = history if decoding.repetition_penalty != 1.0 else None
+    result = _continue(params, logits, cache, key, history, config=config, decoding=decoding)
+    return jax.tree.map(lambda a: np.asarray(a)[: len(prompts)], result)
+
+
+class Sampling(NamedTuple):
+    """How the tokens of one row are chosen, as `Decoding` has it; `seed` of the row's draws."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def stream(
+    config: ModelConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sequence[Sampling],
+    max_new_tokens: int,
+    *,
+    images: Any = None,
+) -> Iterator[np.ndarray]:
+    """Continue prompts together, yielding the next id of every row, int32 [N], step by step.
+
+    Rows do not end by themselves: whoever reads the stream knows the stop ids, drops the rows that
+    are done, and closes it. A row's ids are those that `continue_prompts` chooses for its prompt
+    alone with the same settings and seed. The settings are data of the compiled program, so no
+    request compiles anything because its settings are new. The other arguments are those of
+    `continue_prompts`, and so are the errors.
+    """
+    if len(sampling) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts need as many settings, not {len(sampling)}")
+    ids, valid, pixels = _padded(config, prompts, images)
+    rows = [*sampling, *[sampling[-1]] * (len(ids) - len(prompts))]
+    temperature, top_p = (np.float32(column) for column in list(zip(*rows, strict=True))[:2])
+    seeds = np.uint32([row.seed & 0xFFFFFFFF for row in rows])
+    ids, valid, pixels, *settings = place_batch((ids, valid, pixels, temperature, top_p, seeds))
+    room = ids.shape[1] + bucket(max_new_tokens)
+    logits, cache = _prefill(params, ids, pixels, valid, config=config, room=room)
+    token = _choose(logits, np.int32(0), *settings)
+    for step in range(1, max_new_tokens):
+        # The device chooses the next token while the reader looks at this one.
+        following, cache = _advance(params, token, cache, np.int32(step), *settings, config=config)
+        yield np.asarray(token)[: len(prompts)]
+        token = following
+    yield np.asarray(token)[: len(prompts)]
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _advance(params, token, cache, step, temperature, top_p, seeds, *, config: ModelConfig):
+    logits, cache = bind(config, params).decode(token, cache)
+    return _choose(logits, step, temperature, top_p, seeds), cache
+
+
+@jax.jit
+def _choose(logits, step, temperature, top_p, seeds) -> jax.Array:
+    """Next id of each row, [B, V] → [B]: `generate`'s rule, with settings [B] that are data."""
+
+    def sampled(logits: jax.Array) -> jax.Array:
+        scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+        descending = -jnp.sort(-scaled, axis=-1)
+        share = jax.nn.softmax(descending, axis=-1)
+        above = jnp.cumsum(share, axis=-1) - share
+        kept = (above < top_p[:, None]) | (top_p >= 1.0)[:, None]
+        lowest = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
+
+        def noise(seed: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 0)
+            return jax.random.gumbel(key, logits.shape[1:])
+
+        draws = jnp.where(scaled < lowest, -jnp.inf, scaled) + jax.vmap(noise)(seeds)
+        return jnp.argmax(jnp.where((temperature > 0)[:, None], draws, logits), axis=-1)
+
+    def greedy(logits: jax.Array) -> jax.Array:
+        return jnp.argmax(logits, axis=-1)
+
+    logits = logits.astype(jnp.float32)
+    chosen = jax.lax.cond(jnp.any(temperature > 0), sampled, greedy, logits)
+    return chosen.astype(jnp.int32)
+
+
+def _padded(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], images: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """(ids, which of them are real, images), padded to a shape that other prompts share."""
     rows = [np.asarray(prompt, np.int32) for prompt in prompts]
     if not rows or any(row.ndim != 1 or not len(row) for row in rows):
         raise ValueError("prompts are a sequence of sequences of token ids, none of them empty")
     size, length = _rows(len(rows)), bucket(max(map(len, rows)))
     ids, valid = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
-    history = np.full((size, length), -1, np.int32)
     for n in range(size):
         row = rows[min(n, len(rows) - 1)]  # rows beyond the last repeat it and are dropped
-        ids[n, -len(row) :], valid[n, -len(row) :], history[n, -len(row) :] = row, True, row
-    pixels = _images(config, images, len(rows), size)
-    ids, pixels, valid, history = place_batch((ids, pixels, valid, history))
-    room = length + bucket(decoding.max_new_tokens)
-    logits, cache = _prefill(params, ids, pixels, valid, config=config, room=room)
-    key = jax.random.key(seed) if decoding.temperature > 0 else None
-    history = history if decoding.repetition_penalty != 1.0 else None
-    result = _continue(params, logits, cache, key, history, config=config, decoding=decoding)
-    return jax.tree.map(lambda a: np.asarray(a)[: len(rows)], result)
+        ids[n, -len(row) :], valid[n, -len(row) :] = row, True
+    return ids, valid, _images(config, images, len(rows), size)
 
 
 def _rows(count: int) -> int:

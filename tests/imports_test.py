@@ -49,6 +49,7 @@ ALLOWED = {
         "train",
     },
     "adapters": {"data", "loading", "models", "sharding"},
+    "server": {"data", "loading", "models", "serving"},
     "conversion": {"convert", "models", "train"},
     "configuration": {"data", "evals", "models", "objectives"},
 }

@@ -101,3 +101,25 @@ def test_buckets(length, size):
 def test_what_does_not_fit_is_said(config, prompts, images, message):
     with pytest.raises(ValueError, match=message):
         serving.continue_prompts(config, {}, prompts, GREEDY, images=images)
+
+
+def streamed(params, prompts, sampling, steps=5):
+    return np.stack(list(serving.stream(CONFIG, params, prompts, sampling, steps)), axis=1)
+
+
+def test_a_stream_gives_each_row_what_its_settings_give_alone(params):
+    rows = [(0.0, 1.0, 0), (2.0, 1.0, 3), (1.5, 0.7, 9)]
+    ids = streamed(params, PROMPTS, [serving.Sampling(*row) for row in rows])
+    for row, (temperature, top_p, seed) in enumerate(rows):
+        decoding = replace(GREEDY, temperature=temperature, top_p=top_p)
+        alone = serving.continue_prompts(CONFIG, params, [PROMPTS[row]], decoding, seed=seed)
+        assert np.array_equal(ids[row], alone.ids[0, 0])
+
+
+def test_new_settings_of_a_stream_compile_nothing(params):
+    streamed(params, PROMPTS, [serving.Sampling()] * 3)
+    programs = serving._advance._cache_size(), serving._choose._cache_size()
+    streamed(params, PROMPTS[::-1], [serving.Sampling(0.3 * n, 0.8, n) for n in range(3)])
+    assert (serving._advance._cache_size(), serving._choose._cache_size()) == programs
+    with pytest.raises(ValueError, match="3 prompts need as many settings, not 1"):
+        streamed(params, PROMPTS, [serving.Sampling()])

@@ -17,6 +17,7 @@ import sentencepiece
 PAD_ID = 0
 DEFAULT_MODEL = pathlib.Path(__file__).parent.parent / "assets" / "tokenizer.model"
 _CACHE_SIZE = 1 << 16
+_CACHED_TEXT = 1000  # characters; longer texts hardly come twice, and would fill the memory
 
 
 class Tokenizer:
@@ -76,7 +77,8 @@ class Tokenizer:
         text from a trusted source.
         """
         ids = [self.bos_id] if bos else []
-        ids += self._cached(text, parse_special)
+        pieces = self._cached if len(text) <= _CACHED_TEXT else self._pieces
+        ids += pieces(text, parse_special)
         room = None if length is None else max(0, length - eos)
         return ids[:room] + ([self.eos_id] if eos and length != 0 else [])
 
@@ -86,7 +88,8 @@ class Tokenizer:
         """Right-padded ids of many texts: int32 [N, length], 0 after the end."""
         if not texts:
             return np.zeros((0, length), np.int32)
-        return np.stack([self._row(text, length, bos, eos) for text in texts])
+        rows = [self._row if len(text) <= _CACHED_TEXT else self._padded for text in texts]
+        return np.stack([row(x, length, bos, eos) for row, x in zip(rows, texts, strict=True)])
 
     def tokenize(self, text: str, *, parse_special: bool = False) -> list[str]:
         """The pieces of a text as written in it: an unknown piece is its own letters."""
@@ -142,6 +145,32 @@ class Tokenizer:
     def _pattern(self, ids):
         pieces = sorted((self._model.id_to_piece(i) for i in ids), key=len, reverse=True)
         return re.compile("|".join(re.escape(piece) for piece in pieces))
+
+
+class Detokenizer:
+    """The text of ids that come one by one; spaces at its start are left out."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """What one more id adds, which is "" while a letter of several bytes is incomplete."""
+        self._ids.append(int(token))
+        text = self._text()
+        return "" if text.endswith("\ufffd") else self._rest(text)
+
+    def end(self) -> str:
+        """What was held back."""
+        return self._rest(self._text())
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._ids).lstrip()
+
+    def _rest(self, text: str) -> str:
+        rest, self._shown = text[self._shown :], len(text)
+        return rest
 
 
 def padded(

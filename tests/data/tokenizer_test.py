@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 
 from internvl_jax.data import conversation, questions, scenes, text
-from internvl_jax.data.tokenizer import DEFAULT_MODEL, Tokenizer
+from internvl_jax.data.tokenizer import DEFAULT_MODEL, Detokenizer, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = sorted((ROOT / "tests" / "golden" / "data").glob("K_tokenizer_*/case.json"))
@@ -167,3 +167,15 @@ def test_ids_equal_those_of_the_slow_llama_tokenizer(path):
             assert ids + [0] * (len(expected) - len(ids)) == expected, (name, sentence)
     raw, decoded = case["cases"]["raw"]["ids"], case["cases"]["decode"]["text"]
     assert [recorded.decode(ids) for ids in raw] == decoded
+
+
+def test_pieces_of_a_growing_text_add_up_to_it():
+    tokenizer = Tokenizer()
+    for line in ("a red star, 2 circles", "ein Bär 🐻‍❄️ 好 별 \U0001f9ec!", "una estrella roja"):
+        ids = tokenizer.encode(line, bos=False, eos=True)
+        growing = Detokenizer(tokenizer)
+        pieces = [growing.push(token) for token in ids]
+        assert not any("\ufffd" in piece for piece in pieces)
+        assert "".join(pieces) + growing.end() == tokenizer.decode(ids)
+    *letter, _ = tokenizer.encode("\U0001f9ec", bos=False)
+    assert not "".join(map(Detokenizer(tokenizer).push, letter))  # bytes of one letter
