@@ -62,16 +62,8 @@ class Linear(nnx.Module):
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
         if scale is not None:
             kernel, bias = kernel * scale, None if bias is None else bias * scale
-        (y,) = product(x, kernel, self.axes, out_axis)
+        y = product(x, kernel, self.axes, out_axis)
         return y if bias is None else y + bias.astype(x.dtype)
-
-    def split(self, x: jax.Array, parts: int) -> list[jax.Array]:
-        """[B, …, in] → `parts` arrays [B, …, out / parts], each from its columns of the kernel."""
-        ys = product(x, self.kernel[...], self.axes, parts=parts)
-        if self.bias is None:
-            return list(ys)
-        biases = jnp.split(self.bias[...].astype(x.dtype), parts)
-        return [y + bias for y, bias in zip(ys, biases, strict=True)]
 
 
 class RMSNorm(nnx.Module):

@@ -21,41 +21,35 @@ def product(
     kernel: jax.Array,
     axes: tuple[str | None, str | None] = (None, None),
     out_axis: str | None = None,
-    parts: int = 1,
-) -> tuple[jax.Array, ...]:
-    """x [B, …, in] · kernel [in, out] in the dtype of x, cut into `parts` along its last axis.
+) -> jax.Array:
+    """x [B, …, in] · kernel [in, out] in the dtype of x.
 
-    axes: logical names of the kernel's axes; out_axis: of a part's last axis. The last axis of `x`
-    is sharded as the kernel's first one is, except over `fsdp`.
+    axes: logical names of the kernel's axes; out_axis: of the result's last axis. The last axis of
+    `x` is sharded as the kernel's first one is, except over `fsdp`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
         out = spec("batch", *(None,) * (x.ndim - 2), out_axis)
-        y = jnp.einsum("b...d,df->b...f", x, kernel.astype(x.dtype), out_sharding=out)
-        return tuple(jnp.split(y, parts, axis=-1))
+        return jnp.einsum("b...d,df->b...f", x, kernel.astype(x.dtype), out_sharding=out)
     inner = None if physical(axes[0]) == "fsdp" else axes[0]
     nones = (None,) * (x.ndim - 2)
     return jax.shard_map(
-        functools.partial(_local, axes=tuple(physical(axis) for axis in axes), parts=parts),
+        functools.partial(_local, axes=tuple(physical(axis) for axis in axes)),
         in_specs=(spec("batch", *nones, inner), spec(*axes)),
-        out_specs=(spec("batch", *nones, out_axis),) * parts,
+        out_specs=spec("batch", *nones, out_axis),
     )(x, kernel)
 
 
-def _local(
-    x: jax.Array, kernel: jax.Array, axes: tuple[str | None, str | None], parts: int
-) -> tuple[jax.Array, ...]:
+def _local(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
     if "fsdp" in axes:
         # Each replica has its own gradient until it is scattered; then their small parts are added.
         kernel = jax.lax.pcast(kernel.astype(x.dtype), "replica", to="varying")
     if axes[1] == "fsdp":
-        rows = jnp.split(gather_rows(kernel.T), parts, axis=0)
-        y = [jnp.einsum("b...d,fd->b...f", x, part) for part in rows]
+        y = jnp.einsum("b...d,fd->b...f", x, gather_rows(kernel.T))
     else:
         kernel = gather_rows(kernel) if axes[0] == "fsdp" else kernel.astype(x.dtype)
-        columns = jnp.split(kernel, parts, axis=1)
-        y = [jnp.einsum("b...d,df->b...f", x, part) for part in columns]
-    return tuple(jax.lax.psum(part, "tensor") if axes[0] == "tensor" else part for part in y)
+        y = jnp.einsum("b...d,df->b...f", x, kernel)
+    return jax.lax.psum(y, "tensor") if axes[0] == "tensor" else y
 
 
 @jax.custom_vjp
