@@ -3,8 +3,8 @@
     python scripts/make_plans.py [NAME …]      (all: hours; a whole step takes minutes to compile)
 
 One file per stage and topology: the command that gives it, with the settings that fit there, and
-the plan. `layers.json` holds one layer of each tower, which tests/plan/golden_test.py compiles
-again. A file is written as soon as its plan is known.
+the plan. `layers.json` holds stage 1's towers, compiled alone. A file is written as soon as its
+plan is known.
 """
 
 import dataclasses

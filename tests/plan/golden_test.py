@@ -1,35 +1,14 @@
-"""One layer of each tower against the record: what the TPU compiler makes of it has not changed.
-
-`make plans` writes the record anew after an intended change.
-"""
+"""The recorded plans: they fit with room to spare, and their commands are those of the settings."""
 
 import json
 
-import pytest
-
 from internvl_jax import configuration
-from internvl_jax.plan import layers, topology
 from scripts import make_plans
-
-RECORD = make_plans.FOLDER / "layers.json"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("slice_", make_plans.LAYER_TOPOLOGIES)
-def test_the_layers_of_both_towers_are_as_recorded(slice_):
-    recorded = json.loads(RECORD.read_text(encoding="utf-8"))["layers"]
-    with topology.opened(slice_) as devices:
-        measured = layers.measure(make_plans.layer_config(slice_), slice_, devices)
-    assert [layer.tower for layer in measured] == ["vit", "llama"]
-    for layer in measured:
-        wanted = recorded[f"{slice_} {layer.tower}"]
-        assert layer.temp_gib == pytest.approx(wanted["temp_gib"], rel=0.02), layer
-        assert layer.collective_gb == pytest.approx(wanted["collective_gb"], rel=0.02), layer
 
 
 def test_every_recorded_plan_fits_with_room_to_spare():
     """Five per cent of memory, and on v5e no more than 13 GiB."""
-    files = [file for file in sorted(make_plans.FOLDER.glob("*.json")) if file != RECORD]
+    files = sorted(make_plans.FOLDER.glob("stage*.json"))
     assert files
     for file in files:
         record = json.loads(file.read_text(encoding="utf-8"))
