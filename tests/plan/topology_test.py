@@ -4,6 +4,9 @@ import sys
 
 import pytest
 
+from internvl_jax import sharding
+from internvl_jax.plan import topology
+
 HOLD = """
 import sys
 from internvl_jax.plan import topology
@@ -36,3 +39,12 @@ def test_a_second_plan_waits_for_the_first_and_says_so(tmp_path):
             assert second.stdout.readline() == "4 devices\n"
             second.communicate("\n")
     assert (first.returncode, second.returncode) == (0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e:16x16", "v6e:16x16", "v4:4x8x8", "v5p:8x8x8"])
+def test_the_stages_mesh_lies_on_every_pod(name):
+    with topology.opened(name) as devices:
+        mesh = sharding.make_mesh(replica=-1, fsdp=128, devices=devices)
+    assert dict(mesh.shape) == {"replica": len(devices) // 128, "fsdp": 128, "tensor": 1}
+    assert set(mesh.devices.flat) == set(devices)
