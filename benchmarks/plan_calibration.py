@@ -1,23 +1,27 @@
 """Predicted against published step times of training runs on real TPUs.
 
-    python benchmarks/plan_calibration.py [NAME …]       (minutes per recipe; needs libtpu)
+    python benchmarks/plan_calibration.py [--json FILE] [NAME …]   (minutes a recipe; needs libtpu)
 
 Our LLaMA in the shapes, batch, mesh and remat of dense models whose speed MaxText's repository
 publishes (its README files for TPU v5e and v5p; synthetic data, sequence 2048, AdamW in float32,
 bfloat16 compute, Pallas flash attention). Published is TFLOP/s per chip of model work, which is
 6 × parameters × tokens plus attention; the step time follows from it. Compiled is our train step
-with JAX's own Pallas flash attention, whose time the compiler does not estimate: it is added as its
-products at KERNEL_SHARE of the peak. What is held out had no part in choosing any constant of
-`plan.schedule`. Our model does not shard the residual stream over `tensor`, so some recipes run
-with fewer sequences per chip (`ours`); compared is then the same rate at the smaller batch.
+with JAX's own Pallas flash attention; for each of its calls whose time the plan does not know, the
+products at KERNEL_SHARE of the peak are added. (Of those it knows, it counts masked tiles as work.)
+What is held out had no part in choosing any constant of `plan.schedule`. Our model does not shard
+the residual stream over `tensor`, so some recipes run with fewer sequences per chip (`ours`);
+compared is then the same rate at the smaller batch.
+--json adds what is measured to the file, recipe by recipe.
 """
 
+import argparse
 import dataclasses
 import importlib
 import json
 import os
 import statistics
-import sys
+from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -106,8 +110,8 @@ def flash_attention(query, key, value, *, mask, scale):
     )
 
 
-def predict(recipe: Recipe) -> tuple[float, plan.Plan]:
-    """Estimated seconds per step of our train step in a recipe's shape."""
+def predict(recipe: Recipe) -> tuple[float | None, plan.Plan]:
+    """Estimated seconds per step of our train step in a recipe's shape; None if it does not fit."""
     LANGUAGE_MODELS["calibration"] = LanguageModelConfig(
         LlamaConfig(VOCABULARY, recipe.width, recipe.layers, recipe.heads, recipe.mlp,
                     head_dim=128, dtype="bfloat16")
@@ -119,37 +123,67 @@ def predict(recipe: Recipe) -> tuple[float, plan.Plan]:
     config.data.text_length = LENGTH
     config.optimizer.update(weight_decay=0.1, b2=0.95)
     config.mesh.update(replica=1, fsdp=-1, tensor=recipe.tensor)
-    chip, _ = chips.parse(recipe.topology)
     made = plan.make(config, recipe.topology, dump=os.environ.get("DUMP"))
-    # Half of the products are masked; either remat policy runs the forward kernel twice.
-    kernel = 0.5 * (4 / 3) * recipe.attention / (KERNEL_SHARE * chip.peak)
-    return (made.estimated_step_s or float("nan")) + kernel, made
+    return seconds(recipe, made), made
+
+
+def seconds(recipe: Recipe, made: plan.Plan) -> float | None:
+    """A plan's step time with an assumed one for those attention kernels that it does not know."""
+    if made.estimated_step_s is None:
+        return None
+    # Half of the products are masked. Either remat policy runs the forward kernel twice, and the
+    # gradient is two kernels: four calls per layer.
+    peak = chips.parse(recipe.topology)[0].peak
+    kernels = 0.5 * (4 / 3) * recipe.attention / (KERNEL_SHARE * peak)
+    return made.estimated_step_s + kernels * made.untimed_kernels / (4 * recipe.layers)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=[r.name for r in RECIPES])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to this file")
+    args = parser.parse_args()
     kernels = importlib.import_module("internvl_jax.kernels.attention")
     kernels.IMPLEMENTATIONS.clear()
     kernels.IMPLEMENTATIONS["flash"] = kernels.Implementation(flash_attention, lambda *_: None)
     rows = []
     print(f"{'recipe':14} {'published s':>12} {'predicted s':>12} {'error':>7}")
     for recipe in RECIPES:
-        if sys.argv[1:] and recipe.name not in sys.argv[1:]:
+        if args.names and recipe.name not in args.names:
             continue
         published = recipe.work / (recipe.rate * 1e12)
         predicted, made = predict(recipe)
-        if not made.fits:
+        row = {
+            "recipe": recipe.name,
+            "held_out": recipe.held_out,
+            "published_s": published,
+            "predicted_s": predicted,
+            "error": None if predicted is None else predicted / published - 1,
+            "plan": made.to_dict(),
+        }
+        rows.append(row)
+        if args.json:
+            add(args.json, row)
+        if predicted is None:
             print(f"{recipe.name:14} {published:12.3f} {'—':>12}  needs {made.needed_gib:.1f} GiB")
-        error = predicted / published - 1
-        rows.append((recipe, error))
-        note = "held out" if recipe.held_out else ""
-        print(f"{recipe.name:14} {published:12.3f} {predicted:12.3f} {100 * error:+6.1f}% {note}")
+            continue
+        error = f"{100 * row['error']:+6.1f}%{' held out' if recipe.held_out else ''}"
+        print(f"{recipe.name:14} {published:12.3f} {predicted:12.3f} {error}")
         print("   ", json.dumps(made.to_dict()), flush=True)
-    known = [abs(error) for _, error in rows if error == error]
-    held = [abs(error) for recipe, error in rows if recipe.held_out and error == error]
-    if known:
-        print(f"median error {100 * statistics.median(known):.1f} % of {len(known)} recipes")
-    if held:
-        print(f"held out     {100 * statistics.median(held):.1f} % of {len(held)}")
+    known = [row for row in rows if row["error"] is not None]
+    for label, some in (("all", known), ("held out", [row for row in known if row["held_out"]])):
+        if some:
+            median = statistics.median(abs(row["error"]) for row in some)
+            print(f"{label:14} median error {100 * median:.1f} % of {len(some)} recipes")
+
+
+def add(path: Path, row: dict[str, Any]) -> None:
+    """Write a recipe's row into the file of results, in place of an earlier one of its name."""
+    kept = json.loads(path.read_text(encoding="utf-8"))["recipes"] if path.exists() else []
+    kept = [other for other in kept if other["recipe"] != row["recipe"]] + [row]
+    order = [recipe.name for recipe in RECIPES]
+    kept.sort(key=lambda other: order.index(other["recipe"]))
+    path.write_text(json.dumps({"recipes": kept}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,9 @@ def make_mesh(
     explicit = (AxisType.Explicit,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=explicit, devices=devices)
+        # `jax.make_mesh` splits an axis of the torus on v5e alone; 128 shards need it on all chips.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=explicit)
     if sizes["replica"] % slices:
         raise MeshError(
             f"mesh.replica = {sizes['replica']} does not divide over {slices} slices; choose a "
@@ -77,7 +79,9 @@ def make_mesh(
             "between them"
         )
     within = (sizes["replica"] // slices, *shape[1:])
-    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        within, (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
     return Mesh(grid, MESH_AXES, axis_types=explicit)
 
 

@@ -25,7 +25,11 @@ def dumped() -> Iterator[Path]:
     """A folder for the schedules of what is compiled within; call before libtpu is loaded."""
     with tempfile.TemporaryDirectory(prefix="tpu_schedules_") as folder:
         before = os.environ.get("LIBTPU_INIT_ARGS", "")
-        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        # The last pass alone: all of them fill gigabytes and take longer than the compilation.
+        flags = (
+            f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+            "--xla_jf_dump_llo_pass_label_regex=final_bundles"
+        )
         os.environ["LIBTPU_INIT_ARGS"] = f"{before} {flags}".strip()
         try:
             yield Path(folder)

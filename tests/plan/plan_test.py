@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,13 @@ import pytest
 from internvl_jax.plan import compiling
 
 ARGUMENTS = 2**30
+ALWAYS = {
+    "fits", "topology", "chips", "params_trained", "params_frozen", "hbm_gib", "model_tflops"
+}  # fmt: skip
+OF_A_PROGRAM = {
+    "argument_gib", "temp_gib", "peak_gib", "collective_gb", "exposed_gb", "estimated_step_s",
+    "estimated_mfu", "compile_s",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -37,3 +45,37 @@ def test_a_wrong_topology_is_an_error_before_anything_is_loaded():
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "v5e:16x16" in done.stderr
+
+
+def _plan(*flags):
+    """The last line of `internvl-jax plan --json`, and all that it printed."""
+    command = [sys.executable, "-m", "internvl_jax.cli", "plan", "--json", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout
+
+
+@pytest.mark.slow
+def test_a_plan_is_one_object_on_the_last_line():
+    answer, printed = _plan("--config=stage1_contrastive:tiny", "--topology=v5e:2x2")
+    assert answer["fits"] and answer["chips"] == 4
+    assert set(answer) >= ALWAYS | OF_A_PROGRAM
+    assert 0 < answer["argument_gib"] < answer["peak_gib"] < answer["hbm_gib"]
+    assert "estimate" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "source", "setting"),
+    [
+        ("--config.chunks=1", "compiler", "raise chunks (now 1)"),
+        ("--config.mesh.fsdp=8", "count", "raise mesh.fsdp"),
+    ],
+)
+def test_what_cannot_fit_is_an_answer_with_the_setting_to_change(flag, source, setting):
+    flags = ("--config=stage1_contrastive", "--topology=v5e:16x16", flag)
+    answer, printed = _plan(*flags)
+    assert set(answer) >= ALWAYS and not answer["fits"]
+    assert answer["needed_gib"] > answer["hbm_gib"]
+    assert answer["needed_source"].startswith(source)
+    assert setting in answer["advice"] and answer["advice"] in printed

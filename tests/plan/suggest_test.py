@@ -1,5 +1,7 @@
+import pytest
+
 from internvl_jax import configuration
-from internvl_jax.plan import suggest
+from internvl_jax.plan import layers, suggest, topology
 
 CANDIDATE = suggest.Candidate((2, 128, 1), 5, "dots", 1.0, 2.0**30, True)
 
@@ -19,3 +21,17 @@ def test_a_candidate_is_a_config_and_the_flags_that_give_it():
     assert own.to_dict() == configuration.load("stage1_contrastive", flags).to_dict()
     assert (own.mesh.replica, own.chunks, own.model.remat) == (2, 5, "dots")
     assert config.chunks == 10  # untouched
+
+
+@pytest.mark.slow
+def test_candidates_are_ranked_by_compiled_layers():
+    config = configuration.load("language:tiny")
+    told = []
+    with topology.opened("v5e:2x2") as devices:
+        found = suggest.rank(config, "v5e:2x2", devices, told.append)
+        again = suggest.changed(config, found[0])
+        seconds = sum(part.estimated_s for part in layers.measure(again, "v5e:2x2", devices))
+    assert len(told) == len(found) and all(candidate.fits for candidate in found)
+    assert {candidate.remat for candidate in found} >= {"full", "dots", "none"}
+    assert found[0].seconds == min(candidate.seconds for candidate in found)
+    assert found[0].seconds == pytest.approx(found[0].chunks * seconds, rel=0.01)
