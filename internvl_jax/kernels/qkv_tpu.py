@@ -25,7 +25,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-CHUNK = 256  # queries whose scores against all keys are held at once
 LONGEST = 385
 MEGABYTE = 2**20
 
@@ -133,6 +132,10 @@ def _backward(settings, saved, gradient):
         ],
         scratch_shapes=[
             pltpu.VMEM((LANES, padded), jnp.float32),
+            *[pltpu.VMEM((4, length, LANES), qkv.dtype)] * 2,
+            *[pltpu.VMEM((4, length, _main(length)), jnp.float32)] * 2,
+            *[pltpu.VMEM((4, length, _main(length)), qkv.dtype)] * 2,
+            *([pltpu.VMEM((2, 4, length, LANES), qkv.dtype)] if normalised else []),
             *([pltpu.VMEM((2, length, LANES), jnp.float32)] if normalised else []),
         ],
         compiler_params=_parameters(qkv, thirds=7),
@@ -156,15 +159,15 @@ def _weight_specs(weights: jax.Array | None, wide: int) -> list[pl.BlockSpec]:
 
 
 def memory(qkv: jax.Array, thirds: int = 7) -> int:
-    """Bytes of VMEM for the blocks of a step and of the next, and for a few heads' scores.
+    """Bytes of VMEM for the blocks of a step and of the next, and for the heads in the pipeline.
 
     thirds: of the size of an image's qkv that all blocks together have; backward by default.
     """
     length, wide = qkv.shape[1:]
     rows = pl.cdiv(length, 16) * 16
     blocks = 2 * rows * wide * qkv.dtype.itemsize * thirds // 3
-    scores = 12 * min(rows, CHUNK + LANES) * (rows + LANES) * 4
-    return blocks + scores + 2 * MEGABYTE
+    pipeline = 4 * rows * (4 * (rows + LANES) + 4 * LANES) * 4
+    return blocks + pipeline + 2 * MEGABYTE
 
 
 def _parameters(qkv: jax.Array, thirds: int) -> pltpu.CompilerParams:
@@ -176,19 +179,6 @@ def _parameters(qkv: jax.Array, thirds: int) -> pltpu.CompilerParams:
 def _main(length: int) -> int:
     """Rows for the matrix unit: all, or all but a last one that would take a tile of its own."""
     return length - 1 if length > 1 and length % LANES == 1 else length
-
-
-def _chunks(length: int, main: int) -> list[slice]:
-    """Queries in pieces of CHUNK; the last takes what is left over beyond `main`."""
-    starts = list(range(0, main, CHUNK))
-    ends = [*starts[1:], length]
-    return [slice(a, b) for a, b in zip(starts, ends, strict=True)]
-
-
-def _together(heads: int, length: int) -> int:
-    """Heads per pass of the loop, whose matrix and vector work the compiler then interleaves."""
-    most = 5 if length <= 2 * CHUNK else 1
-    return next(n for n in range(most, 0, -1) if heads % n == 0)
 
 
 def _dot(a: jax.Array, b: jax.Array, dimensions: tuple) -> jax.Array:
@@ -273,15 +263,6 @@ def _pipeline(stages: tuple, heads: int) -> None:
                 work(head, (i - stage) % slots)
 
 
-def _for_heads(one_head, heads: int, length: int) -> None:
-    together = _together(heads, length)
-
-    @pl.loop(0, heads // together)
-    def _(group):
-        for i in range(together):
-            one_head(group * together + i)
-
-
 def _row_products(rows: jax.Array, row: jax.Array) -> jax.Array:
     """[T, D] · [1, D] → float32 [T, 1] on the vector unit."""
     product = rows.astype(jnp.float32) * row.astype(jnp.float32)
@@ -302,72 +283,94 @@ def _normalised(qkv_ref, weight_ref, inverse, part: int, head, heads: int):
 
 
 def _backward_kernel(qkv_ref, gradient_ref, log_sum_ref, *refs, heads, eps, normalised):
+    weight_ref = refs[0] if normalised else None
+    out_ref, *refs = refs[1:] if normalised else refs
+    weight_gradient_ref = refs.pop(0) if normalised else None
+    log_sums_ref, query_ref, key_ref, scores_ref, pull_ref, weights_ref, push_ref, *refs = refs
+    unit_ref, radial_ref = refs if normalised else (None, None)
+    inverse = None
     if normalised:
-        weight_ref, out_ref, weight_gradient_ref, log_sums_ref, radial_ref = refs
         radial_ref[...] = jnp.zeros_like(radial_ref)
         inverse = [_inverse_rms(qkv_ref, part * heads, heads, eps) for part in range(2)]
-    else:
-        (out_ref, log_sums_ref), weight_ref, inverse = refs, None, None
     length = qkv_ref.shape[1]
     main = _main(length)
     scale = LANES**-0.5
     to_base_2 = scale * math.log2(math.e)
     log_sums_ref[...] = log_sum_ref[0].T  # a row per head
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
 
-    def one_head(head):
-        units, (query, key) = zip(
-            *(_normalised(qkv_ref, weight_ref, inverse, part, head, heads) for part in range(2)),
-            strict=True,
-        )
-        value = qkv_ref[0, :, _lanes(head, 2 * heads)]
-        gradient = gradient_ref[0, :, _lanes(head)]
+    def value_and_gradient(head):
+        return qkv_ref[0, :, _lanes(head, 2 * heads)], gradient_ref[0, :, _lanes(head)]
+
+    def normalise(head, slot):
+        for part, ref in enumerate((query_ref, key_ref)):
+            unit, ref[slot] = _normalised(qkv_ref, weight_ref, inverse, part, head, heads)
+            if normalised:
+                unit_ref[part, slot] = unit
+
+    def score(head, slot):
+        value, gradient = value_and_gradient(head)
+        scores_ref[slot] = _dot(key_ref[slot], query_ref[slot, :main], _ROWS_BY_ROWS)  # [S, T]
+        pull_ref[slot] = _dot(value, gradient[:main], _ROWS_BY_ROWS)
+
+    def soften(head, slot):
         log_sum = log_sums_ref[pl.ds(head, 1), :]
-        query_gradients = []
-        key_gradient = value_gradient = 0.0
-        for rows in _chunks(main, main):
-            scores = _dot(key, query[rows], _ROWS_BY_ROWS)  # [S, t]
-            weights = jnp.exp2(scores * to_base_2 - log_sum[:, rows])
-            pull = _dot(value, gradient[rows], _ROWS_BY_ROWS)
-            mean = jnp.sum(weights * pull, axis=0, keepdims=True)
-            push = (weights * (pull - mean)).astype(key.dtype)
-            value_gradient += _dot(weights.astype(value.dtype), gradient[rows], _PLAIN)
-            key_gradient += _dot(push, query[rows], _PLAIN)
-            query_gradients.append(_dot(push, key, _COLUMNS_BY_ROWS))
+        weights = jnp.exp2(scores_ref[slot] * to_base_2 - log_sum[:, :main])
+        pull = pull_ref[slot]
+        mean = jnp.sum(weights * pull, axis=0, keepdims=True)
+        weights_ref[slot] = weights.astype(weights_ref.dtype)
+        push_ref[slot] = (weights * (pull - mean)).astype(push_ref.dtype)
+
+    def pull_back(head, slot):
+        # One gradient after the other, so that few values are held at a time.
+        query, key, push = query_ref[slot], key_ref[slot], push_ref[slot]
+        value, gradient = value_and_gradient(head)
         if main < length:
+            log_sum = log_sums_ref[pl.ds(head, 1), :]
             last_query, last_gradient = (a[main:].astype(jnp.float32) for a in (query, gradient))
-            weights = jnp.exp2(
+            last_weights = jnp.exp2(
                 _row_products(key, last_query) * to_base_2 - log_sum[:, main : main + 1]
             )
             pull = _row_products(value, last_gradient)
-            push = weights * (pull - jnp.sum(weights * pull, axis=0, keepdims=True))
-            value_gradient += weights * last_gradient
-            key_gradient += push * last_query
-            query_gradients.append(
-                jnp.sum(push * key.astype(jnp.float32), axis=0, keepdims=True)
-            )
+            mean = jnp.sum(last_weights * pull, axis=0, keepdims=True)
+            last_push = last_weights * (pull - mean)
+        value_gradient = _dot(weights_ref[slot], gradient[:main], _PLAIN)
+        if main < length:
+            value_gradient += last_weights * last_gradient
         out_ref[0, :, _lanes(head, 2 * heads)] = value_gradient.astype(out_ref.dtype)
-        starts = [rows.start for rows in _chunks(main, main)] + [main]
-        pieces = [
-            [(slice(a, a + g.shape[0]), g) for a, g in zip(starts, query_gradients, strict=False)],
-            [(slice(0, length), key_gradient)],
-        ]
-        for part, parts in enumerate(pieces):
-            weight_gradient = 0.0
-            for rows, piece in parts:
-                piece = (piece * scale).astype(out_ref.dtype)
-                if normalised:
-                    piece = piece.astype(jnp.float32)
-                    unit = units[part][rows].astype(jnp.float32)
-                    weight = weight_ref[part : part + 1, _lanes(head)].astype(jnp.float32)
-                    along = piece * unit
-                    weight_gradient += jnp.sum(along, axis=0, keepdims=True)
-                    radial_ref[part, rows, :] += along * weight
-                    piece = (piece * weight).astype(out_ref.dtype)
-                out_ref[0, rows, _lanes(head, part * heads)] = piece
-            if normalised:
-                weight_gradient_ref[0, part : part + 1, _lanes(head)] = weight_gradient
+        key_gradient = _dot(push, query[:main], _PLAIN)
+        if main < length:
+            key_gradient += last_push * last_query
+        through_norm(head, slot, 1, [(slice(0, length), key_gradient)])
+        query_gradient = [(slice(0, main), _dot(push, key, _COLUMNS_BY_ROWS))]
+        if main < length:
+            last = jnp.sum(last_push * key.astype(jnp.float32), axis=0, keepdims=True)
+            query_gradient.append((slice(main, length), last))
+        through_norm(head, slot, 0, query_gradient)
 
-    _for_heads(one_head, heads, length)
+    def through_norm(head, slot, part, pieces):
+        """Gradients of the normalised queries or keys of a head, up to the mean over the width."""
+        weight_gradient = 0.0
+        for rows, piece in pieces:
+            piece = (piece * scale).astype(out_ref.dtype)
+            if normalised:
+                piece = piece.astype(jnp.float32)
+                unit = unit_ref[part, slot, rows].astype(jnp.float32)
+                weight = weight_ref[part : part + 1, _lanes(head)].astype(jnp.float32)
+                along = piece * unit
+                weight_gradient += jnp.sum(along, axis=0, keepdims=True)
+                # Set, not added to: the pipeline's ends come to a head more than once.
+                radial_ref[part, rows, :] = jnp.where(
+                    lane == head,
+                    jnp.sum(along * weight, axis=1, keepdims=True),
+                    radial_ref[part, rows, :],
+                )
+                piece = (piece * weight).astype(out_ref.dtype)
+            out_ref[0, rows, _lanes(head, part * heads)] = piece
+        if normalised:
+            weight_gradient_ref[0, part : part + 1, _lanes(head)] = weight_gradient
+
+    _pipeline((normalise, score, soften, pull_back), heads)
     if not normalised:
         return
     for part in range(2):
