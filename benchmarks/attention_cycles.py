@@ -185,7 +185,8 @@ def main():
     chip, _ = chips.parse(arguments.topology)
     rows = []
     print("millions of cycles    total     adds  kernels  temp MiB  each kernel")
-    with schedules.dumped() as dump, topology.opened(arguments.topology) as devices:
+    dump = schedules.keep_schedules()
+    with topology.opened(arguments.topology) as devices:
         for size in arguments.sizes:
             tokens, batch = map(int, size.split("x"))
             base = None
