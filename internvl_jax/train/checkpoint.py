@@ -15,6 +15,7 @@ import json
 import logging
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,10 @@ class _ReportedElsewhere(logging.Filter):
         if record.levelno < logging.ERROR:
             # True of every checkpoint that one process wrote as plain files.
             return "Skipping merge of OCDBT" not in record.getMessage()
-        return "orbax" not in f"{record.pathname} {record.getMessage()}"
+        where = [record.pathname, record.getMessage()]
+        if record.exc_info and record.exc_info[2]:  # a bare future's message names no file
+            where += [frame.filename for frame in traceback.extract_tb(record.exc_info[2])]
+        return "orbax" not in " ".join(where)
 
 
 @dataclasses.dataclass(frozen=True)
