@@ -4,11 +4,8 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 
 from internvl_jax.data import sources
-
-pytest.importorskip("tensorflow_datasets")
 
 PREPARE = """
 import sys
