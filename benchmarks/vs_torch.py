@@ -4,8 +4,10 @@
 
 InternViT of width 768, depth 12, with QK-norm, 8 images of 224 pixels, float32, the same weights as
 `transformers`' InternVL vision model with eager and with SDPA attention. The outputs are compared
-first; then the three take turns, so that what else the machine does strikes all alike. Needs the
-extra [torch].
+first; then the three take turns, so that what else the machine does strikes all alike. A product of
+the MLP's shape takes its turns too, in both libraries: the tower's products at the better of these
+two rates are a bound on how much faster than PyTorch any program can be here. Needs the extra
+[torch].
 """
 
 import argparse
@@ -35,6 +37,7 @@ from internvl_jax.rules import flatten
 TOWER = ViTConfig(width=768, depth=12, num_heads=12, mlp_dim=3072, image_size=224, patch_size=14)
 ATTENTIONS = ("eager", "sdpa")
 PACKAGES = ("jax", "jaxlib", "torch", "transformers", "numpy")
+WORK = {"forward": 1, "forward and backward": 3}  # passes over the products
 TOLERANCE = 1e-3  # of outputs of a random tower of 12 layers, whose values reach about 10
 
 
@@ -70,19 +73,17 @@ def measure(batch: int, rounds: int, unroll: int) -> dict[str, Any]:
             raise SystemExit(f"outputs differ from PyTorch ({name}) by {difference:.2g}")
 
     contenders = {"jax": ours, **{f"torch {name}": runs for name, runs in theirs.items()}}
-    seconds: dict[str, dict[str, list[float]]] = {
-        what: {name: [] for name in contenders} for what in ("forward", "forward and backward")
-    }
-    for what, times in seconds.items():
-        for turn in range(rounds + 1):
-            for name, runs in contenders.items():
-                start = time.perf_counter()
-                runs[what]()
-                if turn:  # the first warms up
-                    times[name].append(time.perf_counter() - start)
     medians = {
-        w: {n: statistics.median(t) for n, t in times.items()} for w, times in seconds.items()
+        what: alternate({name: runs[what] for name, runs in contenders.items()}, rounds)
+        for what in WORK
     }
+    tokens = batch * (1 + (size // TOWER.patch_size) ** 2)
+    rates = {
+        name: 2 * tokens * TOWER.width * TOWER.mlp_dim / seconds
+        for name, seconds in alternate(products(tokens), 5 * rounds).items()
+    }
+    whole = work(tokens, batch) / max(rates.values())
+    least = {what: passes * whole for what, passes in WORK.items()}
     return {
         "tower": {"width": TOWER.width, "depth": TOWER.depth, "batch": batch, "unroll": unroll},
         "machine": machine(),
@@ -93,6 +94,44 @@ def measure(batch: int, rounds: int, unroll: int) -> dict[str, Any]:
             what: {name: value / times["jax"] for name, value in times.items() if name != "jax"}
             for what, times in medians.items()
         },
+        "product_gflops": {name: rate / 1e9 for name, rate in rates.items()},
+        "products_alone_seconds": least,
+        "at_most_times_as_fast": {
+            what: {name: t / least[what] for name, t in times.items() if name != "jax"}
+            for what, times in medians.items()
+        },
+    }
+
+
+def alternate(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, in turns; the first of each warms up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def work(tokens: int, batch: int) -> float:
+    """FLOPs of the products of one forward pass: weights, and attention's two."""
+    width, depth = TOWER.width, TOWER.depth
+    weights = depth * (4 * width**2 + 2 * width * TOWER.mlp_dim) + TOWER.patch_size**2 * 3 * width
+    return 2 * tokens * weights + 4 * depth * width * tokens**2 / batch
+
+
+def products(tokens: int) -> dict[str, Callable[[], Any]]:
+    """[tokens, width] · [width, mlp_dim] in both libraries."""
+    generator = np.random.default_rng(1)
+    left = generator.standard_normal((tokens, TOWER.width), np.float32)
+    right = generator.standard_normal((TOWER.width, TOWER.mlp_dim), np.float32)
+    multiply = jax.jit(jnp.matmul)
+    arrays = jnp.asarray(left), jnp.asarray(right)
+    return {
+        "jax": lambda: jax.block_until_ready(multiply(*arrays)),
+        "torch": lambda: torch.matmul(torch.from_numpy(left), torch.from_numpy(right)),
     }
 
 
@@ -152,7 +191,11 @@ def table(figures: dict[str, Any]) -> str:
         for name, seconds in times.items():
             ratio = figures["times_as_fast"][what].get(name)
             beside = f"  {ratio:5.2f} × our time" if ratio else ""
+            most = figures["at_most_times_as_fast"][what].get(name)
+            beside += f", {most:5.2f} × its products alone" if most else ""
             lines.append(f"{what:22} {name:12} {seconds * 1e3:8.0f} ms{beside}")
+    rates = ", ".join(f"{name} {rate:.0f}" for name, rate in figures["product_gflops"].items())
+    lines.append(f"a product of the MLP's shape: {rates} GFLOP/s (products alone: at the better)")
     return "\n".join(lines)
 
 
