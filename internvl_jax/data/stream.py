@@ -71,25 +71,24 @@ class Batches(grain.MapDataset):
         """The records that the rows are to hold, "SOURCE:RECORD", if none of them is bad."""
         return ["{}:{}".format(*self._places[n]) for n in self.numbers(step)]
 
-    def unread(self) -> "Ids":
-        """The same sequence without its records."""
-        sources, make = self._sources, self._make
-        return Ids(self._places, sources, make, self._batch_size, self._rows, self._seed)
-
     def __getitem__(self, step):
         if isinstance(step, slice):
             return self.slice(step)
-        numbers = self.numbers(step)
+        skipped: list[Skipped] = []
+        examples, ids = self._examples(self.numbers(step), skipped)
+        batch = {name: np.stack([x[name] for x in examples]) for name in examples[0]}
+        return batch, tuple(dataclasses.astuple(s) for s in skipped), ids
+
+    def _examples(self, numbers: Sequence[int], skipped: list[Skipped]) -> tuple[list, list[str]]:
+        """The examples of these numbers and the ids of their records; tells what was skipped."""
         places = [self._places[n] for n in numbers]
         handles = self._fetch(places)
-        skipped: list[Skipped] = []
         examples, ids = [], []
         for number, place, handle in zip(numbers, places, handles, strict=True):
             example, index = self._example(number, *place, handle, skipped)
             examples.append(example)
             ids.append(f"{place[0]}:{index}")
-        batch = {name: np.stack([x[name] for x in examples]) for name in examples[0]}
-        return batch, tuple(dataclasses.astuple(s) for s in skipped), ids
+        return examples, ids
 
     def _fetch(self, places):
         """Handles of records; those of one source are read together."""
@@ -136,13 +135,20 @@ def _other(seed, number, attempt, count):
     return int.from_bytes(digest[:8], "little") % count
 
 
-class Ids(Batches):
-    """The same sequence without reading a record: batch number → ({"ids": strings}, (), ids)."""
+class Ids(grain.MapDataset):
+    """The ids of batches alone: batch number → ({"ids": strings}, (), ids)."""
+
+    def __init__(self, batches: Batches):
+        super().__init__(batches)
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
 
     def __getitem__(self, step):
         if isinstance(step, slice):
             return self.slice(step)
-        ids = self.ids(step)
+        ids = self._batches.ids(step)
         return {"ids": np.array(ids)}, (), ids
 
 
@@ -160,7 +166,7 @@ class Reader(Iterator[dict[str, np.ndarray]]):
 
     def __init__(
         self,
-        batches: Batches,
+        batches: Batches | Ids,
         start: int,
         *,
         workers: int = 0,
@@ -214,7 +220,7 @@ class Reader(Iterator[dict[str, np.ndarray]]):
             self._free.release()
         self._next += 1
         batch, skipped, self.ids = value
-        self._count(len(next(iter(batch.values()))), skipped)
+        self._count(sum(name.count("+") + 1 for name in self.ids), skipped)
         return batch
 
     def close(self) -> None:
@@ -256,8 +262,8 @@ class Reader(Iterator[dict[str, np.ndarray]]):
                 error = StreamError(f"a worker of the data has died: {error}")
             self._results.put(error)
 
-    def _count(self, rows, skipped):
-        self.seen += rows
+    def _count(self, records, skipped):
+        self.seen += records
         for place, cause, message in skipped:
             self.skipped[cause] += 1
             if self.skipped[cause] <= _TOLD:
