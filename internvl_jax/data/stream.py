@@ -23,6 +23,7 @@ from internvl_jax.data.errors import RecordError
 
 _ATTEMPTS = 20  # records tried in place of a bad one
 _ALLOWANCE = 10_000  # records in which the fraction of bad ones is first judged
+_CLOSING = 5.0  # seconds that the end of a reader is waited for
 _TOLD = 3  # bad records of each cause that are printed one by one
 
 
@@ -197,8 +198,11 @@ class Reader(Iterator[dict[str, np.ndarray]]):
             self._results_at: dict[int, queue.Queue] = collections.defaultdict(queue.Queue)
             jobs = [self._in_threads] * threads
         # Daemon threads: one that hangs must not keep the process from ending.
-        for job in jobs:
-            threading.Thread(target=job, daemon=True, name="internvl_jax data").start()
+        self._jobs = [
+            threading.Thread(target=job, daemon=True, name="internvl_jax data") for job in jobs
+        ]
+        for job in self._jobs:
+            job.start()
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._stop.is_set():
@@ -228,6 +232,11 @@ class Reader(Iterator[dict[str, np.ndarray]]):
         if self._inner is not None:
             with contextlib.suppress(Exception):
                 self._inner.close()
+            # A batch that is held at the end of the process would leave its shared memory behind.
+            self._jobs[0].join(_CLOSING)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._results.get_nowait()
         else:
             self._free.release(self._threads)  # those that wait see that they are to stop
 
