@@ -62,6 +62,8 @@ def experiment() -> ConfigDict:
                 template="vicuna_v1",  # chat template; only for the task "instruct"
                 rounds=1,  # questions per conversation drawn from embedded data; likewise
                 max_tiles=1,  # squares that the image of a conversation is cut into; likewise
+                packing=0,  # conversations per row on average, see docs/data.md; 0: a row each
+                packed_squares=0,  # room for squares in a packed row; 0: for all that may come
                 crop_scale=(0.5, 1.0),  # limits of a random crop's share of the area
                 decoder="exact",  # Pillow, as the official transforms; "fast" for training
                 workers=0,  # processes that make batches; 0: threads of the training process

@@ -64,7 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
             ("webdataset:data/cc3m/*.tar", 2.6),
             ("webdataset:data/sbu/*.tar", 1.0),
             ("webdataset:data/wukong/*.tar?language=zh", 69.4),
-            ("webdataset:data/laion-multi/*.tar", 1870.0),
+            ("webdataset:data/laion-multi/*.tar?language=mul", 1870.0),
         )
     config.mesh.update(replica=-1, fsdp=128)  # a pod of n × 128 chips
 

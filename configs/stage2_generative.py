@@ -18,8 +18,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config = common.experiment()
     config.objective = "generative"
     config.objective_options = ConfigDict(
-        # The released smoothing; 49,954 logits per token, an eighth of them at a time.
-        dict(label_smoothing=0.0, ring=True, vocabulary_slices=8)
+        # The released smoothing; 49,954 logits per token, an eighth of them at a time; matching's
+        # negatives are captions of random other images as released ("hardest": of the batch's).
+        dict(label_smoothing=0.0, ring=True, vocabulary_slices=8, itm_negatives="random")
     )
     config.model.update(image_size=224, drop_path=0.0)
     # Queries, cross-attention and the two heads are new; all else comes from stage 1, except the
@@ -57,7 +58,10 @@ def get_config(arg: str = "") -> ConfigDict:
             ("webdataset:data/cc3m/*.tar", 2.6),
             ("webdataset:data/sbu/*.tar", 1.0),
             ("webdataset:data/wukong/*.tar?language=zh", 69.4),
-            ("webdataset:data/laion-multi/*.tar?keep=data/laion-multi-stage2.npy", 100.0),
+            (
+                "webdataset:data/laion-multi/*.tar?keep=data/laion-multi-stage2.npy&language=mul",
+                100.0,
+            ),
         )
     config.mesh.update(replica=-1, fsdp=128)  # a pod of n × 128 chips
     if "tiny" in words:

@@ -7,6 +7,8 @@
 This is the released LLaVA-1.5 recipe: InternViT-6B (frozen), an MLP, Vicuna-13B; the paper used 8
 to 32 A100-80G for it (the released scripts' device counts). `:qllama` puts the middleware's query
 outputs before the image patches, with the paper's batch of 512 over its 4 M mixture (A.3, Table 3).
+`--config.data.packing=N` puts N conversations into a row, and batch_size then counts rows: see
+docs/data.md.
 Sources: the released training scripts; arXiv 2312.14238, appendix A.3 and Table 9.
 """
 

@@ -109,6 +109,10 @@ def check(config: ConfigDict) -> None:
     for name in config.objective_options:
         _one_of("objective_options", name, [option.name for option in options])
     try:
+        objectives.OBJECTIVES[config.objective](**config.objective_options)
+    except ValueError as error:
+        raise ConfigError(f"config.objective_options: {error}") from error
+    try:
         models.from_dict(config.model)
     except models.ModelConfigError as error:
         raise ConfigError(f"config.model: {error}") from error

@@ -202,6 +202,28 @@ def _ring_contrastive(
     return mean_over_labels(nll, labels), mean_over_labels(correct, labels)
 
 
+def hardest_texts(
+    image: jax.Array, text: jax.Array, identities: tuple[jax.Array, ...], usable: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """For each image of the global batch the most similar text that does not belong to it.
+
+    Args:
+        image, text: features [B, E], un-normalised.
+        identities: arrays [B]; a text that shares any of them with the image's own belongs to it.
+        usable: bool [B], texts to choose from.
+
+    Returns:
+        int32 [B], the text's number; bool [B], whether there is any.
+    """
+    out = spec("batch", None)
+    similarity = jnp.einsum("id,jd->ij", unit(image), replicate(unit(text)), out_sharding=out)
+    allowed = replicate(usable)[None, :]
+    for identity in identities:
+        allowed = allowed & (identity[:, None] != replicate(identity)[None, :])
+    similarity = jnp.where(allowed, similarity, -jnp.inf)
+    return jnp.argmax(similarity, axis=1), jnp.any(allowed, axis=1)
+
+
 def multi_positive(
     image: jax.Array, text: jax.Array, logit_scale: jax.Array, identity: jax.Array
 ) -> jax.Array:

@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from internvl_jax import losses
 from internvl_jax.kernels import ITC, ITG, ITM, Keys, Middleware
-from internvl_jax.sharding import spec
+from internvl_jax.models.chat import IMAGE_TOKEN
+from internvl_jax.sharding import replicate, spec
 
 Batch = Mapping[str, jax.Array]
 Outputs = dict[str, jax.Array]
@@ -29,11 +31,18 @@ class Objective:
     loss: loss and metrics of the outputs of the whole batch.
     features: those outputs alone in which the loss is not linear, at the least cost; in every other
       output it must be linear.
+    mine: fields of the batch that are chosen by the features of the whole batch, without a
+      gradient; only where `mines` says that there are any.
 
     `keys` [B] holds one key per example; without keys nothing is random.
     """
 
+    mines = False
+
     def prepare(self, batch: Batch) -> Batch:
+        return batch
+
+    def mine(self, features: Outputs, batch: Batch) -> Batch:
         return batch
 
     def features(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
@@ -48,6 +57,9 @@ class Objective:
     def __call__(self, model: Any, batch: Batch, keys: jax.Array | None = None) -> Result:
         """Loss and metrics of a whole batch in one pass."""
         batch = self.prepare(batch)
+        if self.mines:
+            features = jax.lax.stop_gradient(self.features(model, batch, keys))
+            batch = self.mine(features, batch)
         return self.loss(model, self.outputs(model, batch, keys), batch)
 
 
@@ -91,16 +103,30 @@ class Language(Objective):
 class Instruct(Language):
     """Stage 3: next-token prediction on assistant text only.
 
-    Batch: image [B, M, H, W, 3], tokens [B, L] with image positions, labels [B, L].
+    Batch: image [B, M, H, W, 3], tokens [B, L] with image positions, labels [B, L]; in packed
+    batches also segments [B, L] (`Chat.hidden`).
+
+    Metrics count what the batch really holds, without padding: tokens, and images (squares).
     """
 
     def prepare(self, batch: Batch) -> Batch:
         return batch
 
     def outputs(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
-        hidden = model.hidden(batch["tokens"], batch["image"])
+        segments = batch.get("segments")
+        hidden = model.hidden(batch["tokens"], batch["image"], segments=segments)
         nll, hit = _next_tokens(model.llm, hidden, batch["labels"], self.vocabulary_slices)
         return {"token_nll": nll, "token_hit": hit}
+
+    def loss(self, model: Any, outputs: Outputs, batch: Batch) -> Result:
+        loss, metrics = super().loss(model, outputs, batch)
+        tokens = batch["tokens"]
+        squares = jnp.sum(tokens == IMAGE_TOKEN) / model.config.tokens_per_image
+        metrics |= {"tokens": jnp.sum(tokens != 0).astype(jnp.float32), "images": squares}
+        if "segments" in batch:
+            each = jnp.max(batch["segments"], axis=1)
+            metrics["conversations"] = jnp.sum(each).astype(jnp.float32)
+        return loss, metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +208,13 @@ class Generative(Objective):
     their own. Captions that are empty (so many tokens, as the release detects them) are left out of
     ITM and ITC.
 
-    Batch: image; positive, negative, text, caption [B, L]; caption_labels [B, L].
+    Batch: image; positive, negative, text, caption [B, L]; caption_labels [B, L]; image_id [B].
 
+    itm_negatives: "random" takes the negative of the batch, as released; "hardest" the caption of
+      another image of the global batch whose text is nearest to the image by ITC (BLIP-2 draws one
+      by these similarities). Never that of the same image, one that reads alike, or an empty one;
+      where none is left, the negative of the batch. Costs one more pass over images and texts,
+      which a step in chunks makes anyway.
     label_smoothing: of ITC. ring: as in `Contrastive`. vocabulary_slices: as in `Language`.
     """
 
@@ -192,6 +223,29 @@ class Generative(Objective):
     empty_text_tokens: int = 5
     ring: bool = False
     vocabulary_slices: int = 1
+    itm_negatives: str = "random"
+
+    def __post_init__(self) -> None:
+        if self.itm_negatives not in ("random", "hardest"):
+            raise ValueError(
+                f'itm_negatives must be "random" or "hardest", not {self.itm_negatives!r}'
+            )
+
+    @property
+    def mines(self) -> bool:
+        return self.itm_negatives == "hardest"
+
+    def mine(self, features: Outputs, batch: Batch) -> Batch:
+        captions = batch["positive"]
+        usable = jnp.sum(captions > 0, axis=1) != self.empty_caption_tokens
+        words = captions.astype(jnp.uint32) * _odd_numbers(captions.shape[1])
+        identities = batch["image_id"], jnp.sum(words, axis=1)
+        hardest, found = losses.hardest_texts(
+            features["image"], features["text"], identities, usable
+        )
+        mined = replicate(captions).at[hardest].get(out_sharding=spec("batch", None))
+        negative = jnp.where(found[:, None], mined, batch["negative"])
+        return self.prepare({**batch, "negative": negative})
 
     def prepare(self, batch: Batch) -> Batch:
         size = batch["image"].shape[0]
@@ -255,6 +309,11 @@ class Generative(Objective):
             "token_accuracy": losses.mean_over_labels(outputs["token_hit"], labels),
             "logit_scale": scale,
         }
+
+
+def _odd_numbers(count: int) -> np.ndarray:
+    """Multipliers under which the sums of two rows of ids hardly ever meet, uint32."""
+    return np.random.default_rng(0).integers(0, 1 << 31, count, np.uint32) * 2 + 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ ALLOWED = {
     },
     "convert": {"models", "rules", "sharding"},
     "train": {"data", "evals", "losses", "models", "objectives", "rules", "sharding"},
-    "plan": {"kernels", "models", "objectives", "rules", "sharding", "train"},
+    "plan": {"data", "kernels", "models", "objectives", "rules", "sharding", "train"},
     "serving": {"decoding", "generate", "models", "sharding"},
     "loading": {
         "convert",

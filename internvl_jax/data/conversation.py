@@ -20,6 +20,8 @@ IMAGE_TOKEN = -200
 IMAGE_MARK = "<image>"
 SUMMARIZE = "summarize:"
 GENERATION_PROMPTS = {code: f"{name} caption:" for code, name in text.LANGUAGE_NAMES.items()}
+MULTILINGUAL = "mul"  # ISO 639-2 for a source that mixes languages and does not say which is which
+_MULTILINGUAL_PROMPT = "caption:"
 
 _MAX_WORDS = 50
 
@@ -43,7 +45,8 @@ def contrastive_text(caption: str) -> str:
 @functools.lru_cache(1 << 16)
 def captioning_example(tokenizer, caption: str, language: str, length: int):
     """Prompt, cleaned caption and end of text for the captioning loss: (ids, labels) [length]."""
-    prompt = GENERATION_PROMPTS[language]
+    several = language == MULTILINGUAL
+    prompt = _MULTILINGUAL_PROMPT if several else GENERATION_PROMPTS[language]
     ids, _, labels = captioning_ids(tokenizer, prompt, clean_caption(caption), length)
     ids.flags.writeable = labels.flags.writeable = False  # shared by the cache
     return ids, labels

@@ -63,9 +63,9 @@ def _example(example, number, place, tokenizer):
         shown = [_image(square, n) for n, square in enumerate(squares) if square.any() or n == 0]
         images = f'<div class="images">{"".join(shown)}</div>'
     fields = "".join(
-        _field(name, value, _labels_of(name, example), tokenizer)
+        _field(name, value, _labels_of(name, example), tokenizer, example.get("segments"))
         for name, value in example.items()
-        if name != "image" and "labels" not in name
+        if name not in ("image", "segments") and "labels" not in name
     )
     heading = html.escape(f"{number}  {place}")
     return (
@@ -86,7 +86,7 @@ def _image(pixels, number):
     return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
 
 
-def _field(name, value, labels, tokenizer):
+def _field(name, value, labels, tokenizer, segments=None):
     if value.ndim == 0:
         return f'<div class="field"><span class="name">{name}</span>{value}</div>'
     spans, images = [], 0
@@ -101,6 +101,8 @@ def _field(name, value, labels, tokenizer):
             images = 0
         if position == end:
             break
+        if segments is not None and position and segments[position] != segments[position - 1]:
+            spans.append("<hr>")  # the next conversation of a packed row
         learnt = labels is not None and labels[position] != conversation.IGNORE
         piece = html.escape(tokenizer.pieces([token])[0].replace("▁", " ") or " ")
         shown = piece.replace("<0x0A>", "⏎") or "·"

@@ -9,6 +9,7 @@ import numpy as np
 
 from internvl_jax.data import image, sources
 from internvl_jax.data.errors import RecordError
+from internvl_jax.data.packing import PackedBatches
 
 _TOGETHER = 64  # records fetched at once
 
@@ -131,6 +132,28 @@ def statistics(spec: str, sample: int = 1000) -> dict:
         "formats": dict(formats),
         "languages": dict(languages),
         **{name: _quantiles(found) for name, found in sorted(values.items())},
+    }
+
+
+def packing(batches: PackedBatches, steps: int = 4) -> dict:
+    """How well rows are filled: {"rows", "conversations", quantiles of "tokens" and "squares" of a
+    conversation, shares "tokens_filled", "squares_filled" of the rows and "left_out" of the
+    conversations}.
+
+    steps: batches that are planned; no image is decoded.
+    """
+    rows = [row for step in range(steps) for row, _ in batches.planned(step)]
+    drafts = [draft for row in rows for _, draft in row]
+    tokens, squares = [len(d.ids) for d in drafts], [d.squares for d in drafts]
+    length, room = batches.room
+    return {
+        "rows": len(rows),
+        "conversations": len(drafts),
+        "tokens": _quantiles(tokens),
+        "squares": _quantiles(squares),
+        "tokens_filled": sum(tokens) / (len(rows) * length),
+        "squares_filled": sum(squares) / (len(rows) * room),
+        "left_out": 1 - len(drafts) / (len(rows) * batches.conversations),
     }
 
 

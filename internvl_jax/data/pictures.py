@@ -58,6 +58,21 @@ def of_image(whole: Image.Image) -> Picture:
     return Picture(*whole.size, cut)
 
 
+def size(source: bytes | np.ndarray, max_pixels: int = image.MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) by the header alone. Raises RecordError as `opened` does."""
+    if isinstance(source, np.ndarray):
+        return source.shape[1], source.shape[0]
+    width, height, _ = image.header(source)
+    image.check_size(width, height, max_pixels)
+    return width, height
+
+
+def tile_count(width: int, height: int, size: int, max_tiles: int, thumbnail: bool) -> int:
+    """How many squares `tiles` gives for an image of this size."""
+    columns, rows = image.tile_grid(width, height, size, max_tiles)
+    return columns * rows + (thumbnail and columns * rows > 1)
+
+
 def tiles(picture: Picture, size: int, max_tiles: int, thumbnail: bool) -> np.ndarray:
     """`image.tiles` of a picture: uint8 [N, size, size, 3]."""
     columns, rows = image.tile_grid(picture.width, picture.height, size, max_tiles)

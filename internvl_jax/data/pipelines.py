@@ -20,6 +20,7 @@ import numpy as np
 
 from internvl_jax.data import conversation, pictures, stream, text
 from internvl_jax.data import sources as formats
+from internvl_jax.data.packing import PackedBatches, row_squares
 from internvl_jax.data.tasks import AUGMENTATIONS, TASKS, Maker
 
 _VERSION = 2  # raise it when the order or the content of batches changes
@@ -57,14 +58,17 @@ class Pipeline:
         """
         return self.batches.ids(step)
 
-    def place(self, record: str) -> str:
-        """Where the record of an id lies."""
-        source, index = (int(number) for number in record.split(":"))
-        return self.sources[source].place(index)
+    def place(self, name: str) -> str:
+        """Where the record of an id lies, or the records of a packed row's."""
+        places = []
+        for record in filter(None, name.split("+")):
+            source, index = (int(number) for number in record.split(":"))
+            places.append(self.sources[source].place(index))
+        return "; ".join(places)
 
     def iterate_ids(self, start_step: int = 0) -> stream.Reader:
         """The ids of batches alone (`stream.Ids`), by the same readers."""
-        return stream.Reader(self.batches.unread(), start_step, **self.reading)
+        return stream.Reader(stream.Ids(self.batches), start_step, **self.reading)
 
     def iterate(self, start_step: int = 0) -> stream.Reader:
         """Batches from `start_step` on, prepared ahead. Close the iterator after use."""
@@ -86,6 +90,8 @@ def build(
     rounds: int = 1,
     num_image_tokens: int = 0,
     max_tiles: int = 1,
+    packing: int = 0,
+    packed_squares: int = 0,
     decoder: str = "exact",
     crop_scale: tuple[float, float] = (0.5, 1.0),
     workers: int = 0,
@@ -104,6 +110,8 @@ def build(
     decoder: one of `pictures.DECODERS`.
     template, rounds, num_image_tokens, max_tiles: for "instruct", the chat template, questions per
         example, tokens that stand for a square, and squares that an image is cut into at most.
+    packing: for "instruct", how many conversations a row holds on average (`packing`); 0: one each.
+        packed_squares: room for squares in such a row; 0: as if every conversation used its own.
     workers: processes that make batches, 0 for threads of this one. max_bad_fraction, timeout: see
         `stream.Reader`. Neither these nor `rows` change what a batch holds.
     rows: those of every batch to make, in this order; None for all.
@@ -123,7 +131,9 @@ def build(
             f"text_length {text_length} leaves no room for a conversation beside "
             f"{num_image_tokens} image tokens"
         )
-    opened = _open(sources, image_size, batch_size)
+    if packing and task != "instruct":
+        raise ValueError(f"data.packing puts conversations together; the task {task!r} has none")
+    opened = _open(sources, image_size, batch_size * max(1, packing))
     settings = dict(
         task=task,
         batch_size=batch_size,
@@ -154,6 +164,8 @@ def build(
         decoder=decoder,
         scale=tuple(crop_scale),
     )
+    if packing:
+        settings |= dict(packing=packing, packed_squares=packed_squares)
     parts = [
         grain.MapDataset.range(len(source))
         .shuffle(seed=_seed(seed, "order", k))
@@ -163,9 +175,20 @@ def build(
     ]
     places = grain.MapDataset.mix(parts, [weight for _, weight in opened])
     rows = range(batch_size) if rows is None else rows
-    batches = stream.Batches(
-        places, make.sources, make, batch_size, rows, _seed(seed, "examples", 0)
-    )
+    random = _seed(seed, "examples", 0)
+    if packing:
+        squares = row_squares(max_tiles, packing, packed_squares)
+        if squares < make.tiles_in_all:
+            raise ValueError(
+                f"data.packed_squares {packed_squares} is less than one conversation may need, "
+                f"{make.tiles_in_all}"
+            )
+        batches = PackedBatches(
+            places, make.sources, make.conversation, batch_size, rows, random,
+            conversations=packing, length=text_length, squares=squares, image_size=image_size,
+        )
+    else:
+        batches = stream.Batches(places, make.sources, make, batch_size, rows, random)
     content = dict(
         version=_VERSION,
         settings=settings,

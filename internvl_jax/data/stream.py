@@ -23,6 +23,7 @@ from internvl_jax.data.errors import RecordError
 
 _ATTEMPTS = 20  # records tried in place of a bad one
 _ALLOWANCE = 10_000  # records in which the fraction of bad ones is first judged
+_CLOSING = 5.0  # seconds that the end of a reader is waited for
 _TOLD = 3  # bad records of each cause that are printed one by one
 
 
@@ -71,25 +72,24 @@ class Batches(grain.MapDataset):
         """The records that the rows are to hold, "SOURCE:RECORD", if none of them is bad."""
         return ["{}:{}".format(*self._places[n]) for n in self.numbers(step)]
 
-    def unread(self) -> "Ids":
-        """The same sequence without its records."""
-        sources, make = self._sources, self._make
-        return Ids(self._places, sources, make, self._batch_size, self._rows, self._seed)
-
     def __getitem__(self, step):
         if isinstance(step, slice):
             return self.slice(step)
-        numbers = self.numbers(step)
+        skipped: list[Skipped] = []
+        examples, ids = self._examples(self.numbers(step), skipped)
+        batch = {name: np.stack([x[name] for x in examples]) for name in examples[0]}
+        return batch, tuple(dataclasses.astuple(s) for s in skipped), ids
+
+    def _examples(self, numbers: Sequence[int], skipped: list[Skipped]) -> tuple[list, list[str]]:
+        """The examples of these numbers and the ids of their records; tells what was skipped."""
         places = [self._places[n] for n in numbers]
         handles = self._fetch(places)
-        skipped: list[Skipped] = []
         examples, ids = [], []
         for number, place, handle in zip(numbers, places, handles, strict=True):
             example, index = self._example(number, *place, handle, skipped)
             examples.append(example)
             ids.append(f"{place[0]}:{index}")
-        batch = {name: np.stack([x[name] for x in examples]) for name in examples[0]}
-        return batch, tuple(dataclasses.astuple(s) for s in skipped), ids
+        return examples, ids
 
     def _fetch(self, places):
         """Handles of records; those of one source are read together."""
@@ -136,13 +136,20 @@ def _other(seed, number, attempt, count):
     return int.from_bytes(digest[:8], "little") % count
 
 
-class Ids(Batches):
-    """The same sequence without reading a record: batch number → ({"ids": strings}, (), ids)."""
+class Ids(grain.MapDataset):
+    """The ids of batches alone: batch number → ({"ids": strings}, (), ids)."""
+
+    def __init__(self, batches: Batches):
+        super().__init__(batches)
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
 
     def __getitem__(self, step):
         if isinstance(step, slice):
             return self.slice(step)
-        ids = self.ids(step)
+        ids = self._batches.ids(step)
         return {"ids": np.array(ids)}, (), ids
 
 
@@ -160,7 +167,7 @@ class Reader(Iterator[dict[str, np.ndarray]]):
 
     def __init__(
         self,
-        batches: Batches,
+        batches: Batches | Ids,
         start: int,
         *,
         workers: int = 0,
@@ -191,8 +198,11 @@ class Reader(Iterator[dict[str, np.ndarray]]):
             self._results_at: dict[int, queue.Queue] = collections.defaultdict(queue.Queue)
             jobs = [self._in_threads] * threads
         # Daemon threads: one that hangs must not keep the process from ending.
-        for job in jobs:
-            threading.Thread(target=job, daemon=True, name="internvl_jax data").start()
+        self._jobs = [
+            threading.Thread(target=job, daemon=True, name="internvl_jax data") for job in jobs
+        ]
+        for job in self._jobs:
+            job.start()
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._stop.is_set():
@@ -214,7 +224,7 @@ class Reader(Iterator[dict[str, np.ndarray]]):
             self._free.release()
         self._next += 1
         batch, skipped, self.ids = value
-        self._count(len(next(iter(batch.values()))), skipped)
+        self._count(sum(name.count("+") + 1 for name in self.ids), skipped)
         return batch
 
     def close(self) -> None:
@@ -222,6 +232,11 @@ class Reader(Iterator[dict[str, np.ndarray]]):
         if self._inner is not None:
             with contextlib.suppress(Exception):
                 self._inner.close()
+            # A batch that is held at the end of the process would leave its shared memory behind.
+            self._jobs[0].join(_CLOSING)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._results.get_nowait()
         else:
             self._free.release(self._threads)  # those that wait see that they are to stop
 
@@ -256,8 +271,8 @@ class Reader(Iterator[dict[str, np.ndarray]]):
                 error = StreamError(f"a worker of the data has died: {error}")
             self._results.put(error)
 
-    def _count(self, rows, skipped):
-        self.seen += rows
+    def _count(self, records, skipped):
+        self.seen += records
         for place, cause, message in skipped:
             self.skipped[cause] += 1
             if self.skipped[cause] <= _TOLD:

@@ -4,7 +4,9 @@ Every text field is int32, right-padded with 0 to `length`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,24 @@ AUGMENTATIONS = (
     "random_resized_crop_and_flip",
 )
 Record = tuple[int, Any]  # number of the source, and the handle that it gave
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A conversation as `Maker.conversation` gives it.
+
+    ids, labels: of its tokens. starts: the number of the first square of each image, and of
+    squares in all. show: decodes the images, once; a list of uint8 [N, H, W, 3].
+    """
+
+    ids: list[int]
+    labels: list[int]
+    starts: tuple[int, ...]
+    show: Callable[[], list[np.ndarray]]
+
+    @property
+    def squares(self) -> int:
+        return self.starts[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,40 +95,44 @@ class Maker:
         return example
 
     def retrieval(self, record, rng):
-        example, _, _ = self._matching(record, rng)
-        # Numbers of different sources must not meet by chance.
-        name = f"{record[0]} {self._texts(record)['image_id']}"
-        example["image_id"] = np.int32(sources.stable_number(name))
-        return example
+        return self._matching(record, rng)[0]
 
     def instruct(self, record, rng):
+        draft = self.conversation(*record, rng)
+        tiles = np.zeros((self.tiles_in_all, self.image_size, self.image_size, 3), np.uint8)
+        for squares, start in zip(draft.show(), draft.starts, strict=False):
+            tiles[start : start + len(squares)] = squares
+        return {
+            "image": tiles,
+            "tokens": self._pad(draft.ids, 0),
+            "labels": self._pad(draft.labels, conversation.IGNORE),
+        }
+
+    def conversation(self, source: int, handle: Any, rng: np.random.Generator) -> "Draft":
+        """A conversation whose room is known, and whose images are not decoded yet."""
+        record = (source, handle)
         if self.template == "plain":
             rounds = [("", self._caption(self._texts(record), rng)[1])]
-            shown = self._pictures(record, rng)
+            found = self._fitting(record)
         else:
             rounds = self._rounds(record, rng)
-            shown = self._pictures(record, rng)
-            rounds = _marked(rounds, len(shown))
-        counts = [self.num_image_tokens * len(tiles) for tiles in shown]
+            found = self._fitting(record)
+            rounds = _marked(rounds, len(found))
+        squares = [self._squares(one, len(found)) for one in found]
+        counts = [self.num_image_tokens * number for number in squares]
         ids, labels = conversation.encode_chat(self.tokenizer, self.template, rounds, counts)
-        tiles = np.zeros((self.tiles_in_all, self.image_size, self.image_size, 3), np.uint8)
-        if shown:
-            joined = np.concatenate(shown)
-            tiles[: len(joined)] = joined
-        if ids[: self.length].count(conversation.IMAGE_TOKEN) < sum(counts):
+        ids, labels = ids[: self.length], labels[: self.length]
+        if ids.count(conversation.IMAGE_TOKEN) < sum(counts):
             raise RecordError(
                 "too_long", f"the images do not fit into {self.length} tokens with the text"
             )
-        return {
-            "image": tiles,
-            "tokens": self._pad(ids, 0),
-            "labels": self._pad(labels, conversation.IGNORE),
-        }
+        show = functools.partial(self._shown, found, rng)
+        return Draft(ids, labels, tuple(itertools.accumulate(squares, initial=0)), show)
 
     @property
     def tiles_in_all(self) -> int:
-        """Squares per example: the tiles and, where an image is cut at all, the whole beside."""
-        return self.max_tiles + (self.max_tiles > 1)
+        """Squares per example."""
+        return squares_of(self.max_tiles)
 
     def _matching(self, record, rng):
         texts = self._texts(record)
@@ -118,6 +142,8 @@ class Maker:
             "text": self._ids(conversation.contrastive_text(caption)),
             "positive": self._ids(conversation.clean_caption(caption)),
             "negative": self._ids(self._negative(record, texts, language, rng)),
+            # Numbers of different sources must not meet by chance.
+            "image_id": np.int32(sources.stable_number(f"{record[0]} {texts['image_id']}")),
         }
         return example, caption, language
 
@@ -127,7 +153,8 @@ class Maker:
 
     def _caption(self, texts, rng):
         captions = texts["captions"]
-        languages = [x for x in self.languages if captions.get(x)]
+        known = (*self.languages, conversation.MULTILINGUAL)
+        languages = [x for x in known if captions.get(x)]
         if not languages:
             raise RecordError(
                 "language",
@@ -203,21 +230,35 @@ class Maker:
         mirrored = self.augment.endswith("flip") and rng.random() < 0.5
         return pixels[:, ::-1] if mirrored else pixels
 
-    def _pictures(self, record, rng):
-        """The tiles of each image of a conversation: a list of uint8 [N, H, W, 3]."""
+    def _fitting(self, record):
+        """The images of a conversation, encoded."""
         found = self._found(record)
         if len(found) > self.tiles_in_all:
             raise RecordError(
                 "invalid_conversation",
                 f"{len(found)} images, but an example has room for {self.tiles_in_all}",
             )
+        return found
+
+    def _most(self, images):
+        # The tiles of several images are shared out, and then none is shown as a whole beside.
+        return max(1, self.max_tiles // images), images == 1
+
+    def _squares(self, one, images):
+        """How many squares one of a conversation's images becomes, by its header."""
+        if self.max_tiles == 1:
+            return 1
+        width, height = pictures.size(one)
+        most, whole_beside = self._most(images)
+        return pictures.tile_count(width, height, self.image_size, most, whole_beside)
+
+    def _shown(self, found, rng):
+        """The squares of each image: a list of uint8 [N, H, W, 3]."""
         if self.max_tiles == 1:
             return [self._square(one, rng)[None] for one in found]
-        # The tiles of several images are shared out, and then none is shown as a whole beside.
-        most = max(1, self.max_tiles // max(1, len(found)))
         return [
             pictures.tiles(
-                pictures.opened(one, self.decoder), self.image_size, most, len(found) == 1
+                pictures.opened(one, self.decoder), self.image_size, *self._most(len(found))
             )
             for one in found
         ]
@@ -232,6 +273,11 @@ class Maker:
         row = np.full(self.length, value, np.int32)
         row[: len(ids)] = ids[: self.length]
         return row
+
+
+def squares_of(max_tiles: int) -> int:
+    """Squares that a conversation may have: the tiles and, if it is cut, the whole image beside."""
+    return max_tiles + (max_tiles > 1)
 
 
 def _marked(rounds, images: int):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from internvl_jax.kernels import Causal, Full, Keys
+from internvl_jax.kernels import Causal, Full, Keys, Segments
 from internvl_jax.models import qllama
 from internvl_jax.models.attention import CrossAttention
 from internvl_jax.models.config import ChatConfig, LanguageModelConfig
@@ -23,7 +23,7 @@ from internvl_jax.models.layers import (
     normal,
     stack,
 )
-from internvl_jax.models.llama import Cache, Llama, make_cache, mask_positions
+from internvl_jax.models.llama import Cache, Llama, make_cache, mask_positions, segment_positions
 from internvl_jax.models.vit import ViT
 from internvl_jax.sharding import spec
 
@@ -149,14 +149,21 @@ class Chat(nnx.Module):
         *,
         valid: jax.Array | None = None,
         present: jax.Array | None = None,
+        segments: jax.Array | None = None,
     ) -> jax.Array:
         """Final-norm states [B, T, W].
 
         valid: bool [B, T], which positions hold text or image; None: those whose id is not 0.
-        The rest is as for `embed`.
+        segments: int32 [B, T] of a packed row, the number of each token's conversation, 0 for
+          padding; each is read alone, its positions count from 0, and its images follow those of
+          the conversations before. The rest is as for `embed`.
         """
+        x = self.embed(tokens, images, present)
+        if segments is not None:
+            mask = Causal() & Segments(segments, segments)
+            return self.llm(x, mask=mask, positions=segment_positions(segments))
         mask = Causal() & Keys(tokens != 0 if valid is None else valid)
-        return self.llm(self.embed(tokens, images, present), mask=mask)
+        return self.llm(x, mask=mask)
 
     def __call__(
         self,

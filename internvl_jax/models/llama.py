@@ -203,6 +203,14 @@ def mask_positions(valid: jax.Array) -> jax.Array:
     return jnp.where(valid, positions, 1)
 
 
+def segment_positions(segments: jax.Array) -> jax.Array:
+    """Positions within each run of one number: int32 [B, T] → int32 [B, T]."""
+    index = default_positions(segments)
+    begins = segments[:, 1:] != segments[:, :-1]
+    starts = jnp.where(jnp.pad(begins, ((0, 0), (1, 0))), index, 0)
+    return index - jax.lax.cummax(starts, axis=1)
+
+
 def make_cache(keys: jax.Array, values: jax.Array, valid: jax.Array, length: int) -> Cache:
     """Pad a prefill's keys and values [L, B, T, K, D] to `length` slots.
 

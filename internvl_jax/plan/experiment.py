@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from internvl_jax import objectives, rules, sharding
+from internvl_jax.data.packing import row_squares
 from internvl_jax.models import config as models
 from internvl_jax.models import init
 from internvl_jax.train import flops, optimizer
@@ -99,10 +100,14 @@ def batch_shapes(config: Any, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDty
 
     batch = {name: array(config.data.text_length) for name in _TEXTS[task]}
     if task == "instruct":
-        batch["image"] = array(1, size, size, 3, dtype=jnp.uint8)
+        data = config.data
+        if data.packing:
+            batch["segments"] = array(data.text_length)
+        squares = row_squares(data.max_tiles, data.packing, data.packed_squares)
+        batch["image"] = array(squares, size, size, 3, dtype=jnp.uint8)
     elif task != "language":
         batch["image"] = array(size, size, 3, dtype=jnp.uint8)
-    if task == "retrieval":
+    if task in ("generative", "retrieval"):
         batch["image_id"] = array()
     return batch
 

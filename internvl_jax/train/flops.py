@@ -18,8 +18,8 @@ from internvl_jax.models import init
 from internvl_jax.train.gradients import value_and_grad
 from internvl_jax.train.step import example_keys
 
-# Options of an objective that compute something twice to save memory.
-_SAVINGS = ("ring", "vocabulary_slices")
+# Options of an objective that compute something twice, to save memory or to choose negatives.
+_SAVINGS = ("ring", "vocabulary_slices", "itm_negatives")
 
 
 def of_step(config: Any, state: Any, batch: Any) -> float:
@@ -34,6 +34,23 @@ def of_step(config: Any, state: Any, batch: Any) -> float:
     keys = jax.eval_shape(functools.partial(example_keys, config.seed, 0), batch)
     one_pass = functools.partial(value_and_grad, objective, bind)
     return count(one_pass, state.trainable, state.frozen, batch, keys)
+
+
+def parts_of_step(config: Any, state: Any, batch: Any) -> tuple[float, float]:
+    """Model FLOPs of a step per square and per token, where rows hold padding of both.
+
+    batch: with "image" [B, M, …] and "tokens" [B, L]. Attention counts as in rows without padding,
+    so of a packed row a little more than its conversations need.
+    """
+    image = batch["image"]
+    rows, squares, *rest = image.shape
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), dict(batch)
+    )
+    wider = jax.ShapeDtypeStruct((rows, squares + 1, *rest), image.dtype, sharding=image.sharding)
+    whole = of_step(config, state, shapes)
+    per_square = (of_step(config, state, {**shapes, "image": wider}) - whole) / rows
+    return per_square, (whole - per_square * rows * squares) / batch["tokens"].size
 
 
 def count(function: Callable[..., Any], *arguments: Any) -> float:

@@ -62,17 +62,21 @@ def _in_chunks(
     chunks: int,
 ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], dict]:
     batch = objective.prepare(batch)
-    parts, numbers = _cut((batch, keys), chunks), jnp.arange(chunks)
+    given, numbers = _cut((batch, keys), chunks), jnp.arange(chunks)
 
     def features(_: None, number: jax.Array) -> tuple[None, dict]:
-        return None, objective.features(model(trainable), *_chunk(parts, number))
+        return None, objective.features(model(trainable), *_chunk(given, number))
+
+    cached = _joined(jax.lax.scan(features, None, numbers)[1])
+    if objective.mines:
+        batch = objective.mine(cached, batch)
+    parts = _cut((batch, keys), chunks)
 
     def outputs(trainable: dict, number: jax.Array) -> dict:
         return objective.outputs(model(trainable), *_chunk(parts, number))
 
     # Where the loss is linear in an output, its gradient is the same everywhere, so also at zero.
     shapes = jax.eval_shape(outputs, trainable, numbers[0])
-    cached = _joined(jax.lax.scan(features, None, numbers)[1])
     at = {name: _zeros(x, chunks) for name, x in shapes.items()} | cached
     gradient = jax.grad(lambda at: objective.loss(model(trainable), at, batch)[0])(at)
     gradient = _cut(gradient, chunks)

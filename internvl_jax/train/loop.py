@@ -138,7 +138,7 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
         start = int(state.step)
         log = metrics.MetricsLog(path, start=start, steps=config.steps)
         stack.callback(log.close)
-        speed = metrics.Speed(_model_flops(config, state, pipeline))
+        speed, work = metrics.Speed(), _model_flops(config, state, pipeline)
         progress = goodput.Goodput(path, start)
         spikes = metrics.SpikeDetector()
         last: dict[str, float] = {}
@@ -148,7 +148,8 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
         ) -> None:
             """Fetch, check and write the metrics of the update that made `step`."""
             values = {n: float(x) for n, x in jax.device_get(dict(device_metrics)).items()}
-            speed.count(images, waited)
+            held = values.get("images", images), values.get("tokens", 0.0)  # without padding
+            speed.count(held[0], waited, held[1], flops=work(*held))
             progress.count(waited)
             log.advance(step, values["loss"])
             spike = spikes.update(values["loss"])
@@ -287,11 +288,16 @@ def _evaluators(config: Any) -> dict[str, Any]:
     return evaluator.build(config.evals, config)
 
 
-def _model_flops(config: Any, state: Any, pipeline: Any) -> float | None:
-    """Model FLOPs of one step, where a utilisation can be reported at all."""
+def _model_flops(config: Any, state: Any, pipeline: Any) -> Callable[[float, float], float]:
+    """Model FLOPs of a step by its (images, tokens), where a utilisation can be reported at all."""
     if jax.devices()[0].device_kind not in metrics.PEAK_FLOPS:
-        return None
-    return flops.of_step(config, state, to_devices(pipeline.batch(0), jax.sharding.get_mesh()))
+        return lambda images, tokens: 0.0
+    batch = to_devices(pipeline.batch(0), jax.sharding.get_mesh())
+    if config.objective == "instruct":
+        per_square, per_token = flops.parts_of_step(config, state, batch)
+        return lambda images, tokens: per_square * images + per_token * tokens
+    whole = flops.of_step(config, state, batch)
+    return lambda images, tokens: whole
 
 
 def _batch_of(step: int, pipeline: Any) -> str:

@@ -168,19 +168,23 @@ class Speed:
     Times are from the monotonic clock: a jump of the system's clock changes none of them.
     """
 
-    def __init__(self, flops_per_step: float | None = None):
-        """flops_per_step: model FLOPs of one step over all devices, if utilisation is wanted."""
-        self._flops = flops_per_step
+    def __init__(self) -> None:
         self._reset()
 
     def _reset(self) -> None:
-        self._since, self._steps, self._waited, self._images = time.monotonic(), 0, 0.0, 0
+        self._since, self._steps, self._waited = time.monotonic(), 0, 0.0
+        self._images, self._tokens, self._flops = 0.0, 0.0, 0.0
 
-    def count(self, images: int, waited: float) -> None:
-        """Record one finished step: its images and the seconds spent waiting for them."""
+    def count(self, images: float, waited: float, tokens: float = 0, flops: float = 0) -> None:
+        """Record one finished step: its images and the seconds spent waiting for them.
+
+        tokens: of text and images, without padding. flops: of the model, over all devices.
+        """
         self._steps += 1
         self._waited += waited
         self._images += images
+        self._tokens += tokens
+        self._flops += flops
 
     def exclude(self, seconds: float) -> None:
         """Leave out time that went into something else than steps: saving, evaluating."""
@@ -197,10 +201,12 @@ class Speed:
             "data_wait_seconds": self._waited / self._steps,
             "host_rss_gib": host_rss() / _GIB,
         }
+        if self._tokens:
+            figures["tokens_per_second"] = self._tokens / elapsed
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         if peak and self._flops:
             capacity = peak * jax.device_count() * elapsed
-            figures["model_flops_utilisation"] = self._flops * self._steps / capacity
+            figures["model_flops_utilisation"] = self._flops / capacity
         self._reset()
         return figures
 

@@ -39,11 +39,12 @@ def decoded(rows):
     return [TOKENIZER.decode(row) for row in rows]
 
 
+MATCHING = {"image", "text", "positive", "negative", "image_id"}
 FIELDS = {
     "language": {"tokens"},
     "contrastive": {"image", "text"},
-    "generative": {"image", "text", "positive", "negative", "caption", "caption_labels"},
-    "retrieval": {"image", "text", "positive", "negative", "image_id"},
+    "generative": MATCHING | {"caption", "caption_labels"},
+    "retrieval": MATCHING,
     "instruct": {"image", "tokens", "labels"},
 }
 

@@ -4,8 +4,7 @@ import functools
 import hashlib
 import os
 import struct
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -24,64 +23,56 @@ class _Examples(base.Source):
     language, caption = "en", ""
 
     def image_in(self, handle: "_Blob") -> bytes:
-        features = handle.features()
+        names = handle.names()
         for key in base.IMAGE_KEYS:
-            if key in features:
-                found = features[key].bytes_list.value
-                if len(found) == 1 and found[0]:
-                    return found[0]
-        names = ", ".join(sorted(features)) or "no features"
-        raise RecordError("missing_image", f"no image among {names}")
+            if key in names and (found := handle.only_bytes(key)):
+                return found
+        raise RecordError("missing_image", f"no image among {', '.join(sorted(names)) or 'none'}")
 
     def texts_in(self, handle: "_Blob") -> dict:
         record = {}
-        for name, feature in handle.features().items():
-            if name not in base.IMAGE_KEYS:
-                found = example_proto.values(feature)
-                if found:
-                    record[name] = found[0] if len(found) == 1 else found
+        for name in handle.names():
+            if name not in base.IMAGE_KEYS and (found := handle.values(name)):
+                record[name] = found[0] if len(found) == 1 else found
         return base.texts_of(record, handle.name, self.language, self.caption)
 
     def metadata_in(self, handle: "_Blob") -> dict:
         found = {}
-        for name, feature in handle.features().items():
-            if name not in base.IMAGE_KEYS and (given := example_proto.values(feature)):
+        for name in handle.names():
+            if name not in base.IMAGE_KEYS and (given := handle.values(name)):
                 found[name] = given[0]
         return {**(base.parsed_json(found["json"]) if "json" in found else {}), **found}
 
 
 class _Blob:
-    """The bytes of one record, parsed when first asked for."""
+    """The bytes of one record; its features are found when first asked for."""
 
-    __slots__ = ("_data", "_features", "name")
+    __slots__ = ("_data", "_spans", "name")
 
     def __init__(self, data: bytes, name: str):
-        self._data, self._features, self.name = data, None, name
+        self._data, self._spans, self.name = data, None, name
 
-    def features(self) -> Mapping[str, Any]:
-        if self._features is None:
-            self._features = example_proto.parse(self._data)
-        return self._features
+    def names(self) -> Collection[str]:
+        if self._spans is None:
+            self._data, self._spans = example_proto.spans(self._data)
+        return self._spans
+
+    def values(self, name: str) -> list:
+        start, stop = self._spans[name]
+        return example_proto.values(self._data[start:stop])
+
+    def only_bytes(self, name: str) -> bytes | None:
+        return example_proto.only_bytes(self._data, *self._spans[name])
 
 
-class TfRecords(_Examples):
+class TfRecords(index.Indexed, _Examples):
     """TFRecord files through an index of their frames; the checksum of each record is checked.
 
     pattern: see `files.expand`. Compressed files have no random access and are refused.
     """
 
     def __init__(self, pattern: str, language: str = "en", caption: str = ""):
-        self.index = index.opened(files.expand(pattern), scan, VERSION)
-        self.language, self.caption = language, caption
-
-    @functools.cached_property
-    def identity(self) -> str:
-        name = self.index.paths[0].rpartition("/")[2]
-        how = f" {self.language} {self.caption}".rstrip()
-        return f"tfrecord {name} {len(self)} {self.index.digest}{how}"
-
-    def __len__(self) -> int:
-        return len(self.index)
+        super().__init__("tfrecord", pattern, scan, VERSION, language, caption)
 
     def place(self, index: int) -> str:
         path, number = self.index.file_of(index)

@@ -6,20 +6,26 @@ or time has changed since is scanned again.
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO
 
 import numpy as np
 
 from internvl_jax.data import files
+from internvl_jax.data.sources import base
 
 CACHED_FROM = 64 * 2**20  # bytes of data; less is scanned again each time
+_TOGETHER = 1 << 13  # rows that are written at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +39,32 @@ class Scan:
     rows: np.ndarray
     digest: str
     problems: tuple[tuple[str, str], ...] = ()
+
+
+class Rows:
+    """Rows as a scan finds them: they wait in a temporary file, so any number of them may come."""
+
+    def __init__(self, dtype: np.dtype):
+        self._dtype, self._found = dtype, []
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the rows
+
+    def append(self, row: tuple) -> None:
+        self._found.append(row)
+        if len(self._found) == _TOGETHER:
+            self._flush()
+
+    def array(self) -> np.ndarray:
+        """All rows, in memory where they are few, else mapped."""
+        self._flush()
+        count = self._file.tell() // self._dtype.itemsize
+        self._file.seek(0)
+        if count * self._dtype.itemsize < CACHED_FROM:
+            return np.frombuffer(self._file.read(), self._dtype)
+        return np.memmap(self._file, self._dtype, "r+", shape=(count,))
+
+    def _flush(self):
+        self._file.write(np.array(self._found, self._dtype).tobytes())
+        self._found.clear()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +95,7 @@ class Index:
 
     def __reduce__(self):
         # A mapped array would be copied into every worker process; its file name is enough.
-        if isinstance(self.rows, np.memmap):
+        if isinstance(self.rows, np.memmap) and self.rows.filename:
             return _reopened, (str(self.rows.filename), self.rows.shape, self._rest())
         return Index, (self.paths, self.rows, *self._rest()[1:])
 
@@ -117,7 +149,8 @@ def scanned(path: str, scan: Callable[[str], Scan], version: str, stamp: str | N
         about = json.dumps(
             {"version": version, "stamp": stamp, "digest": found.digest, "problems": found.problems}
         )
-        _write(place, lambda file: np.savez(file, rows=found.rows, about=np.array(about)))
+        with whole_file(place) as file:
+            np.savez(file, rows=found.rows, about=np.array(about))
     return place
 
 
@@ -177,40 +210,76 @@ def _open_merged(place: pathlib.Path, paths) -> Index | None:
 
 def _merge(place: pathlib.Path, paths, kept: Sequence[str], stamps) -> Index:
     """Writes one array of all scans, a file at a time."""
-    abouts, counts, dtype = [], [], None
+    abouts, counts, kinds = [], [], []
     for name in kept:
         with np.load(name) as scan:
             abouts.append(json.loads(str(scan["about"])))
-            counts.append(len(scan["rows"]))
-            dtype = scan["rows"].dtype
+        with _stored_rows(name) as (_, count, kind):
+            counts.append(count)
+            kinds.append(kind)
 
-    def write(file):
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
+    with whole_file(str(place.with_suffix(".npy"))) as file:
+        header = {"descr": np.lib.format.dtype_to_descr(kinds[0]), "fortran_order": False,
                   "shape": (sum(counts),)}
         np.lib.format.write_array_header_1_0(file, header)
         for name in kept:
-            with np.load(name) as scan:
-                file.write(scan["rows"].tobytes())
-
-    _write(str(place.with_suffix(".npy")), write)
+            with _stored_rows(name) as (rows, _, _):
+                shutil.copyfileobj(rows, file, 1 << 20)
     about = {
         "counts": counts,
         "digest": _digest(paths, stamps, [a["digest"] for a in abouts]),
         "problems": [(p, *x) for p, a in zip(paths, abouts, strict=True) for x in a["problems"]],
     }
-    _write(
-        str(place.with_suffix(".json")), lambda file: file.write(json.dumps(about).encode())
-    )
+    with whole_file(str(place.with_suffix(".json"))) as file:
+        file.write(json.dumps(about).encode())
     return _open_merged(place, paths)
 
 
-def _write(place: str, write: Callable) -> None:
-    """Writes a file that appears as a whole or not at all."""
+@contextlib.contextmanager
+def _stored_rows(name: str) -> Iterator[tuple[IO[bytes], int, np.dtype]]:
+    """(bytes, number, kind) of the rows of a kept scan, which need not fit into memory."""
+    with zipfile.ZipFile(name) as kept, kept.open("rows.npy") as file:
+        np.lib.format.read_magic(file)
+        (count,), _, dtype = np.lib.format.read_array_header_1_0(file)
+        yield file, count, dtype
+
+
+@contextlib.contextmanager
+def whole_file(place: str) -> Iterator[IO[bytes]]:
+    """A file to write that appears as a whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=os.path.dirname(place) or ".", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            write(file)
+            yield file
         os.replace(temporary, place)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+class Indexed(base.Source):
+    """The records of files of one kind, found through their index.
+
+    pattern: see `files.expand`. language, caption: of the texts, see `base.texts_of`.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        pattern: str,
+        scan: Callable[[str], Scan],
+        version: str,
+        language: str,
+        caption: str,
+    ):
+        self.index = opened(files.expand(pattern), scan, version)
+        self.kind, self.language, self.caption = kind, language, caption
+
+    @functools.cached_property
+    def identity(self) -> str:
+        name = self.index.paths[0].rpartition("/")[2]
+        how = f" {self.language} {self.caption}".rstrip()
+        return f"{self.kind} {name} {len(self)} {self.index.digest}{how}"
+
+    def __len__(self) -> int:
+        return len(self.index)

@@ -6,11 +6,14 @@ list of {"from": "human" | "gpt", "value": text}. In a conversation "image" may 
 absent for text alone.
 """
 
+import codecs
+import contextlib
 import csv
 import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,6 +26,8 @@ from internvl_jax.data.sources import base, index
 VERSION = "lines 1"
 ROW = np.dtype([("at", "<u8"), ("size", "<u4"), ("line", "<u4")])
 PATH_KEYS = ("image", "filepath", "file_name", "image_name", "image_path", "file", "path", "url")
+_SPACE = re.compile(r"\s*")
+_MOST = 64 * 2**20  # characters of one record
 CSV_CAPTIONS = ("caption", "captions", "text", "title", "comment", "raw")
 
 
@@ -156,24 +161,24 @@ class CsvImages(_Listed):
 
 
 class JsonImages(_Listed):
-    """A JSON file: a list of records, or COCO's or Karpathy's layouts. It is held in memory.
+    """A JSON file: a list of records, or COCO's or Karpathy's layouts.
 
     Known are a list of records (the official coco_karpathy_train.json); {"images": [{"filename",
     "filepath", "sentences": [{"raw"}], "split"}]}; {"images": [{"id", "file_name"}],
     "annotations": [{"image_id", "caption"}]} (COCO, NoCaps). split: of Karpathy's.
+
+    The records are written once as lines into the cache folder and read from there as
+    `JsonlImages` reads them. A list may so be larger than memory; of the other layouts the whole is
+    parsed, once.
     """
 
     def __init__(self, path: str | os.PathLike, root=None, language: str = "en", split: str = ""):
         super().__init__(path, root, language)
         if not files.exists(self.path):
             raise ValueError(f"no data file at {self.path}")
-        content = files.read(self.path)
-        self._digest = hashlib.sha256(content).hexdigest()
-        try:
-            self._records = list(_unfolded(json.loads(content), split))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.path}: not a list of images: {error!r}") from error
         self.split = split
+        self._lines, self._digest = _as_lines(self.path, split)
+        self.index = index.opened([self._lines], scan_lines, VERSION)
 
     @property
     def identity(self) -> str:
@@ -181,19 +186,69 @@ class JsonImages(_Listed):
         return f"json {name} {self.split} {len(self)} {self._digest}"
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.index)
 
     def place(self, index: int) -> str:
         return f"{self.path}: record {index}"
 
     def record(self, handle: int) -> Mapping[str, Any]:
-        return self._checked(self._records[handle])
+        row = self.index.rows[handle]
+        line = files.read(self._lines, int(row["at"]), int(row["size"]))
+        return self._checked(base.parsed_json(line, of=object))
 
 
-def _unfolded(content: Any, split: str) -> Iterator[dict]:
-    if isinstance(content, list):
-        yield from content
+def _as_lines(path: str, split: str) -> tuple[str, str]:
+    """(the file of a JSON file's records, one a line; digest of the JSON file)."""
+    name = hashlib.sha256(f"{path} {split}".encode()).hexdigest()[:24]
+    target = files.cache_folder() / f"{name}.jsonl"
+    note, stamp = target.with_suffix(".from"), files.stamp(path)
+    with contextlib.suppress(OSError, ValueError):
+        made_of, digest = note.read_text("utf-8").split("\n")
+        if made_of == stamp and target.exists():
+            return str(target), digest
+    blocks = _Blocks(path)
+    try:
+        with index.whole_file(str(target)) as file:
+            for record in _unfolded(blocks, split):
+                file.write(json.dumps(record).encode() + b"\n")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a list of images: {error!r}") from error
+    digest = blocks.digest.hexdigest()
+    with index.whole_file(str(note)) as file:
+        file.write(f"{stamp}\n{digest}".encode())
+    return str(target), digest
+
+
+class _Blocks:
+    """The text of a file, a block at a time. digest: of what was read."""
+
+    def __init__(self, path: str, block: int = 2**20):
+        self._path, self._block, self._offset = path, block, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self.digest = hashlib.sha256()
+
+    def next(self) -> str:
+        """The next part, "" at the end."""
+        text = ""
+        while not text:
+            data = files.read(self._path, self._offset, self._block)
+            self._offset += len(data)
+            self.digest.update(data)
+            text = self._decoder.decode(data, final=not data)
+            if not data:
+                break
+        return text
+
+
+def _unfolded(blocks: _Blocks, split: str) -> Iterator[Any]:
+    start = blocks.next().lstrip("\ufeff \t\r\n")
+    if start.startswith("["):
+        yield from _elements(start[1:], blocks)
         return
+    parts = [start]
+    while part := blocks.next():
+        parts.append(part)
+    content = json.loads("".join(parts))
     if "annotations" in content:
         captions: dict[Any, list[str]] = {}
         for note in content["annotations"]:
@@ -217,19 +272,51 @@ def _unfolded(content: Any, split: str) -> Iterator[dict]:
         }
 
 
+def _elements(text: str, blocks: _Blocks) -> Iterator[Any]:
+    """The elements of a JSON list whose bracket is open; no more than one is held at a time."""
+    decode = json.JSONDecoder().raw_decode
+    at, first = 0, True
+    while True:
+        while not (rest := _SPACE.match(text, at).end()) < len(text):
+            text, at = blocks.next(), 0
+            if not text:
+                raise ValueError("the list has no end")
+        at = rest
+        if text[at] == "]":
+            if text[at + 1 :].strip() or blocks.next().strip():
+                raise ValueError("something follows the list")
+            return
+        if not first:
+            if text[at] != ",":
+                raise ValueError(f"a comma is missing before {text[at : at + 20]!r}")
+            at += 1
+        while True:
+            begin = _SPACE.match(text, at).end()
+            with contextlib.suppress(json.JSONDecodeError):
+                value, end = decode(text, begin)
+                if end < len(text):  # a number might go on
+                    break
+            more = blocks.next()
+            if not more or len(text) - at > _MOST:
+                raise ValueError(f"not valid JSON at {text[begin : begin + 20]!r}")
+            text, at = text[at:] + more, 0
+        yield value
+        at, first = end, False
+
+
 def scan_lines(path: str) -> index.Scan:
     """Finds the lines of a text file that are not blank."""
-    rows, digest = [], hashlib.sha256()
+    rows, digest = index.Rows(ROW), hashlib.sha256()
     for number, (position, line) in enumerate(_lines(path), start=1):
         digest.update(line)
         if line.strip():
             rows.append((position, len(line), number))
-    return index.Scan(np.array(rows, ROW), digest.hexdigest())
+    return index.Scan(rows.array(), digest.hexdigest())
 
 
 def scan_quoted(path: str) -> index.Scan:
     """Finds the rows of a CSV file: lines, joined where a quoted cell holds a line break."""
-    rows, digest, quotes, start = [], hashlib.sha256(), 0, None
+    rows, digest, quotes, start = index.Rows(ROW), hashlib.sha256(), 0, None
     for number, (position, line) in enumerate(_lines(path), start=1):
         digest.update(line)
         if start is None:
@@ -242,11 +329,12 @@ def scan_quoted(path: str) -> index.Scan:
             start = None
     if start is not None:
         rows.append((start[0], end - start[0], start[1]))
-    return index.Scan(np.array(rows, ROW), digest.hexdigest())
+    return index.Scan(rows.array(), digest.hexdigest())
 
 
-def _lines(path: str, block: int = 16 * 2**20) -> Iterator[tuple[int, bytes]]:
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
     """(offset, line) pairs; a line break ends a line."""
+    block = (16 if files.is_remote(path) else 1) * 2**20  # a request is dear
     offset, rest = 0, b""
     position = 0
     while data := files.read(path, offset, block):

@@ -6,7 +6,6 @@ another, are one record: an image, and a caption (.txt) or, where there is none,
 with "caption" or "conversations").
 """
 
-import functools
 import hashlib
 import os
 from collections.abc import Iterator
@@ -30,24 +29,14 @@ ROW = np.dtype(
 )
 
 
-class WebDataset(base.Source):
+class WebDataset(index.Indexed):
     """Records of tars. pattern: see `files.expand`. language: of plain captions.
 
     caption: the key of the metadata to take captions from in place of the .txt.
     """
 
     def __init__(self, pattern: str, language: str = "en", caption: str = ""):
-        self.index = index.opened(files.expand(pattern), scan, VERSION)
-        self.language, self.caption = language, caption
-
-    @functools.cached_property
-    def identity(self) -> str:
-        name = self.index.paths[0].rpartition("/")[2]
-        how = f" {self.language} {self.caption}".rstrip()
-        return f"webdataset {name} {len(self)} {self.index.digest}{how}"
-
-    def __len__(self) -> int:
-        return len(self.index)
+        super().__init__("webdataset", pattern, scan, VERSION, language, caption)
 
     def place(self, index: int) -> str:
         path, number = self.index.file_of(index)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from internvl_jax.data import sources
+from internvl_jax.data.sources import folder
 
 
 def test_index_list_selects_records(tmp_path, make):
@@ -89,11 +90,11 @@ def test_meta_files_that_are_wrong(meta, change, message):
 
 
 def test_class_folders(tmp_path, make):
-    for folder, count in (("n02", 2), ("n01_cat", 1)):
-        (tmp_path / "data" / folder).mkdir(parents=True)
+    for name, count in (("n02", 2), ("n01_cat", 1)):
+        (tmp_path / "data" / name).mkdir(parents=True)
         for n in range(count):
-            (tmp_path / "data" / folder / f"{n}.JPEG").write_bytes(make.picture(n))
-        (tmp_path / "data" / folder / "notes.txt").write_text("x")
+            (tmp_path / "data" / name / f"{n}.JPEG").write_bytes(make.picture(n))
+        (tmp_path / "data" / name / "notes.txt").write_text("x")
     source = sources.open_source(sources.spec_of(f"{tmp_path}/data"))
     assert [source.texts(i)["class_index"] for i in range(3)] == [0, 1, 1]
     assert source[0]["captions"] == {"en": ("a photo of a n01 cat",)}
@@ -105,3 +106,24 @@ def test_class_folders(tmp_path, make):
     (tmp_path / "names.txt").write_text("tabby cat\n")
     with pytest.raises(ValueError, match=r"has 1 names, but .* has 2 folders"):
         sources.open_source(f"folder:{tmp_path}/data?names={tmp_path}/names.txt")
+
+
+def test_class_folders_of_many_names_are_mapped(tmp_path, make, monkeypatch):
+    for number in range(7):
+        (tmp_path / "data" / f"n{number}").mkdir(parents=True)
+        for n in range(5 * number):
+            (tmp_path / "data" / f"n{number}" / f"{n}.jpg").write_bytes(b"")
+    (tmp_path / "data" / "n6" / "3.jpg").write_bytes(make.picture(3))
+    few = sources.ImageFolder(tmp_path / "data")
+    monkeypatch.setattr(folder, "KEPT_FROM", 1)
+    for _ in range(2):  # listed, then found in the cache folder
+        many = sources.ImageFolder(tmp_path / "data")
+        copy = pickle.loads(pickle.dumps(many))
+        assert len(pickle.dumps(many)) < 2000
+        for source in (many, copy):
+            assert source.identity == few.identity and len(source) == 105
+            assert [source.place(n) for n in range(105)] == [few.place(n) for n in range(105)]
+            assert source.texts(104) == few.texts(104) and source.texts(0)["class_index"] == 1
+    assert many.image(75 + 23).shape == (30, 40, 3)  # as text, 3 comes after 29
+    (tmp_path / "data" / "n0" / "new.jpg").write_bytes(b"")
+    assert len(sources.ImageFolder(tmp_path / "data")) == 106

@@ -48,9 +48,37 @@ def test_examples_are_those_of_tensorflow():
     assert list(feature["b"].bytes_list.value) == values["b"]
     assert list(feature["f"].float_list.value) == values["f"]
     assert list(feature["i"].int64_list.value) == values["i"]
-    features = example_proto.parse(theirs.SerializeToString())
-    decoded = {name: example_proto.values(feature) for name, feature in features.items()}
-    assert decoded == {**values, "s": ["ü".encode()]}
+    assert decoded(theirs.SerializeToString()) == {**values, "s": ["ü".encode()]}
+
+
+def decoded(data):
+    data, spans = example_proto.spans(data)
+    return {name: example_proto.values(data[a:b]) for name, (a, b) in spans.items()}
+
+
+def test_examples_in_any_layout():
+    """The protocol allows more than writers make use of."""
+    plain = example_proto.encode({"jpg": b"x" * 300, "k" * 200: 3, "none": []})
+    data, spans = example_proto.spans(plain)
+    assert data is plain and example_proto.only_bytes(data, *spans["jpg"]) == b"x" * 300
+    assert example_proto.only_bytes(data, *spans["k" * 200]) is None
+    assert decoded(plain) == {"jpg": [b"x" * 300], "k" * 200: [3], "none": []}
+    feature = plain[slice(*spans["jpg"])]
+    size = lambda part: bytes([len(part)]) if len(part) < 128 else bytes(  # noqa: E731
+        [len(part) & 127 | 128, len(part) >> 7]
+    )
+    key, value = b"\x0a\x03jpg", b"\x12" + size(feature) + feature
+    for entries in (
+        [value + key],  # the value before the key
+        [key + value, key + value],  # twice
+    ):
+        inner = b"".join(b"\x0a" + size(entry) + entry for entry in entries)
+        assert decoded(b"\x0a" + size(inner) + inner) == {"jpg": [b"x" * 300]}
+    assert decoded(plain + b"\x18\x01") == decoded(plain)
+    assert decoded(b"") == decoded(b"\x0a\x00") == {}
+    for damaged in (plain[:-1], b"\xff" * 40, b"\x0a" + b"\x80" * 30):
+        with pytest.raises(RecordError, match=r"not a tf\.train\.Example"):
+            example_proto.spans(damaged)
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "arrayrecord"])

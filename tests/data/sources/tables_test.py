@@ -1,6 +1,8 @@
 """Lists of images in JSON Lines, JSON and CSV, with the images in a folder."""
 
 import json
+import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 
 from internvl_jax.data import sources
 from internvl_jax.data.errors import RecordError
+from internvl_jax.data.sources import index
 
 
 @pytest.fixture
@@ -196,3 +199,47 @@ def test_link_out_of_the_folder_is_not_followed(folder):
     source = sources.JsonlImages(write(folder, {"image": "images/link.png", "caption": "x"}))
     with pytest.raises(RecordError, match="lies outside"):
         source.image(0)
+
+
+def test_list_larger_than_what_is_held(folder, monkeypatch):
+    """Of a JSON list only a block and a record are in memory, and of its index nothing."""
+    monkeypatch.setattr(index, "CACHED_FROM", 1 << 20)
+    path = folder / "long.json"
+    filler = "x" * 300
+    with path.open("w") as file:
+        file.write("[\n")
+        for n in range(60_000):
+            record = {"image": "images/a.png", "caption": f"é {n}", "filler": filler}
+            file.write((",\n" if n else "") + json.dumps(record, ensure_ascii=n % 2 == 0))
+        file.write("\n]\n")
+    tracemalloc.start()
+    source = sources.JsonImages(path)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    size = path.stat().st_size
+    assert size > 20e6 and peak < 0.5 * size and held < 0.05 * size
+    assert isinstance(source.index.rows, np.memmap) and len(source) == 60_000
+    for n in (0, 31_234, 59_999):
+        assert source.texts(n)["captions"] == {"en": (f"é {n}",)}
+    assert source.place(5) == f"{path}: record 5"
+    assert pickle.loads(pickle.dumps(source)).texts(7) == source.texts(7)
+    # Opened again it is what it was; changed, it is read anew.
+    assert sources.JsonImages(path).identity == source.identity
+    path.write_text(json.dumps([{"image": "images/a.png", "caption": "other"}]))
+    assert sources.JsonImages(path).texts(0)["captions"] == {"en": ("other",)}
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"image": ', "[1 2]", "[] []", "[,1]", '{"images": 3}', "[tru]", "", "[[1], 2"]
+)
+def test_broken_lists_are_refused(folder, text):
+    with pytest.raises(ValueError, match=r"a\.json: not a list of images"):
+        sources.JsonImages(paths(folder, "a.json", text))
+
+
+def test_lists_of_every_spacing(folder):
+    record = {"image": "images/a.png", "caption": "a ] , [ b"}
+    for spacing in (dict(indent=2), dict(separators=(",", ":")), {}):
+        text = json.dumps([record] * 3, **spacing)
+        source = sources.JsonImages(paths(folder, "b.json", f" \n{text}\n"))
+        assert len(source) == 3 and source.texts(2)["captions"] == {"en": ("a ] , [ b",)}
