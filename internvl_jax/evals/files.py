@@ -10,7 +10,7 @@ import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,21 @@ class Place:
             raise ValueError(f"{self.path} at byte {self.offset}: {error}") from error
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded picture that came within a table: `where` says which row of the file `path`."""
+
+    path: Path
+    where: str
+    data: bytes = field(repr=False)
+
+    def open(self) -> Image.Image:
+        try:
+            return image.read(io.BytesIO(self.data))
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from error
+
+
 class Pictures:
     """Pictures that are decoded when a slice of them is asked for: uint8 [n, size, size, 3].
 
@@ -55,7 +70,7 @@ class Pictures:
 
     def __init__(
         self,
-        places: Sequence[Place],
+        places: Sequence[Place | Encoded],
         size: int,
         transform: Callable[[Image.Image, int], np.ndarray] = image.square,
     ):
@@ -71,12 +86,12 @@ class Pictures:
         """Pictures by their numbers, in that order."""
         return self._decoded([self.places[number] for number in numbers])
 
-    def _decoded(self, places: Sequence[Place]) -> np.ndarray:
+    def _decoded(self, places: Sequence[Place | Encoded]) -> np.ndarray:
         with ThreadPoolExecutor(_DECODERS) as pool:
             rows = list(pool.map(self._read, places))
         return np.stack(rows) if rows else np.zeros((0, self.size, self.size, 3), np.uint8)
 
-    def _read(self, place: Place) -> np.ndarray:
+    def _read(self, place: Place | Encoded) -> np.ndarray:
         return self.transform(place.open(), self.size)
 
 
@@ -202,7 +217,7 @@ def coco_captions(file: Path, images: Path) -> Captioned:
     return [Place(images / r["file_name"]) for r in data["images"]], list(groups.values())
 
 
-def present(places: Sequence[Place]) -> None:
+def present(places: Sequence[Place | Encoded]) -> None:
     """Check that every picture file is there. Raises DatasetError with the first that is not."""
     paths = dict.fromkeys(place.path for place in places)
     missing = [path for path in paths if not path.is_file()]
