@@ -14,7 +14,7 @@ def build(parser: argparse.ArgumentParser) -> Run:
     what.add_argument(
         "--predictions",
         metavar="SET:FILE",
-        help="answers to the questions of a dialogue benchmark (gqa:answers.json); comma-separated",
+        help="answers of a dialogue benchmark or captions (gqa:answers.json); comma-separated",
     )
     parser.add_argument(
         "--evals",
@@ -32,34 +32,36 @@ def build(parser: argparse.ArgumentParser) -> Run:
 
     def run(args: argparse.Namespace) -> None:
         if args.predictions:
-            figures, details, kind = _predicted(args), {}, "predictions"
+            figures, details, kind = *_predicted(args), "predictions"
         else:
             figures, details, kind = _evaluated(args)
-        from internvl_jax.evals import results
+        from internvl_jax.evals import page, results
 
         source = args.checkpoint or args.predictions
         print(results.table(figures, details))
         if args.json:
             results.write(Path(args.json), figures, details, kind, source)
         if args.page:
-            results.page(Path(args.page), figures, details, source)
+            page.write(Path(args.page), figures, details, source)
 
     return run
 
 
-def _predicted(args: argparse.Namespace) -> dict[str, float]:
+def _predicted(args: argparse.Namespace) -> tuple[dict[str, float], dict]:
+    """Figures of the answers, and what must be said of them."""
     given = [flag for flag in ("evals", "config", "table") if getattr(args, flag)]
     if given:
         raise configuration.ConfigError(f"--{given[0]} is for a model, not for --predictions")
-    from internvl_jax.evals import predictions
+    from internvl_jax.evals import predictions, scores
 
-    figures = {}
+    figures: dict[str, float] = {}
     for one in args.predictions.split(","):
         name, mark, file = one.partition(":")
         if not mark:
             raise configuration.ConfigError(f"--predictions={one}: write SET:FILE")
         figures |= predictions.score(name, Path(file), Path(args.data), args.partial)
-    return figures
+    captioned = any(name.startswith("captioning.") for name in figures)
+    return figures, {"captioning": {"caveat": scores.CAVEAT}} if captioned else {}
 
 
 def _evaluated(args: argparse.Namespace) -> tuple[dict[str, float], dict, str]:

@@ -128,8 +128,10 @@ def chosen(answer: str, options: Mapping[str, str]) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
-def by_id(predictions: Sequence[tuple[str, str]], wanted: Sequence[str]) -> list[str]:
-    """The answers of (id, answer) in the order of the ids that are wanted.
+def by_id(
+    predictions: Sequence[tuple[str, str]], wanted: Sequence[str], what: str = "questions"
+) -> list[str]:
+    """The answers of (id, answer) in the order of the ids that are wanted, which are of `what`.
 
     Raises DatasetError that counts the missing, the repeated and the unknown ids, with the first
     of each.
@@ -142,8 +144,8 @@ def by_id(predictions: Sequence[tuple[str, str]], wanted: Sequence[str]) -> list
         found[one] = answer
     asked = set(wanted)
     parts = [
-        f"{len(ids)} {what} (first: {', '.join(ids[:3])})"
-        for what, ids in (
+        f"{len(ids)} {fault} (first: {', '.join(ids[:3])})"
+        for fault, ids in (
             ("missing", [one for one in wanted if one not in found]),
             ("repeated", list(repeated)),
             ("unknown", [one for one in found if one not in asked]),
@@ -152,6 +154,6 @@ def by_id(predictions: Sequence[tuple[str, str]], wanted: Sequence[str]) -> list
     ]
     if parts:
         raise DatasetError(
-            f"the predictions do not fit the {len(wanted)} questions: ids {', '.join(parts)}"
+            f"the predictions do not fit the {len(wanted)} {what}: ids {', '.join(parts)}"
         )
     return [found[one] for one in wanted]

@@ -1,29 +1,49 @@
-"""Scores of answers that another program wrote to a file: no model is loaded."""
+"""Scores of answers and captions that another program wrote to a file: no model is loaded."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from internvl_jax.evals import answers, benchmarks, vqa
+from internvl_jax.evals import answers, benchmarks, datasets, scores, vqa
 from internvl_jax.evals.files import DatasetError, need
 
-# What the benchmarks' own result files call them: VQA, GQA, VizWiz, MMBench; LLaVA's "text".
-ID_KEYS = ("question_id", "questionId", "index", "image")
-ANSWER_KEYS = ("answer", "prediction", "text")
+# What the benchmarks' own result files call them: VQA, GQA, VizWiz, MMBench, COCO; LLaVA's "text".
+ID_KEYS = ("question_id", "questionId", "index", "image", "image_id")
+ANSWER_KEYS = ("answer", "prediction", "text", "caption")
+CAPTIONED = tuple(name for name, one in datasets.DATASETS.items() if one.family == "captioning")
 
 
 def score(name: str, file: Path, root: Path, partial: bool = False) -> dict[str, float]:
-    """Figures of a benchmark (`benchmarks.BENCHMARKS`), named as those of the evaluator `vqa`.
+    """Figures of a set of `benchmarks.BENCHMARKS` or `CAPTIONED`, named as those of its evaluator.
 
-    file: a JSON list, or a line for each, of {"question_id": …, "answer": …}.
+    file: a JSON list, or a line for each, of {"question_id": …, "answer": …}; of captions
+    {"image_id": …, "caption": …}, the id being COCO's or NoCaps' number, or the file's name.
 
-    Raises DatasetError: ids that are missing, repeated or unknown, with their counts; or what
-    reading the questions raises. Their pictures need not be there.
+    Raises DatasetError: an unknown set; ids that are missing, repeated or unknown, with their
+    counts; or what reading the questions raises. Pictures need not be there.
     """
+    if name in CAPTIONED:
+        return _captions(name, file, root, partial)
+    if name not in benchmarks.BENCHMARKS:
+        known = ", ".join((*benchmarks.BENCHMARKS, *CAPTIONED))
+        raise DatasetError(f"unknown data set {name!r}; there are {known}")
     asked = benchmarks.read(name, root, partial, pictures=False)
     given = answers.by_id(read(file), [question.id for question in asked])
     found = vqa.score(benchmarks.BENCHMARKS[name].metric, asked, given)
     return {f"vqa.{name}.{key}": value for key, value in found.items()}
+
+
+def _captions(name: str, file: Path, root: Path, partial: bool) -> dict[str, float]:
+    pictures, references = datasets.captioned(
+        name, "captioning", root, "en", 0, partial, pictures=False
+    )
+    names = [place.name or place.path.stem for place in pictures.places]
+    given = answers.by_id(read(file), names, "pictures")
+    found = {
+        "cider": scores.cider(given, references, "en")[0],
+        **scores.bleu_and_rouge(given, references, "en"),
+    }
+    return {f"captioning.{name}.en.{key}": value for key, value in found.items()}
 
 
 def read(file: Path) -> list[tuple[str, str]]:

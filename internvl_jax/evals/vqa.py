@@ -14,11 +14,10 @@ from internvl_jax.data.tokenizer import Tokenizer
 from internvl_jax.decoding import Decoding
 from internvl_jax.evals import answers, benchmarks, files, scores
 from internvl_jax.evals.chat import write_answers
+from internvl_jax.evals.datasets import EMBEDDED
 from internvl_jax.evals.features import Params
 from internvl_jax.evals.question_files import Question
 from internvl_jax.models import ChatConfig
-
-EMBEDDED = "embedded"
 
 
 @dataclass

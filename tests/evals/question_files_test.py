@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from internvl_jax import cli
-from internvl_jax.evals import benchmarks, files, vqa
+from internvl_jax.evals import benchmarks, files, predictions, vqa
 
 COCO = "coco/val2014/COCO_val2014_000000000042.jpg"
 
@@ -242,6 +242,40 @@ def test_answers_from_elsewhere_are_scored_without_a_model(tmp_path, capsys):
     assert written["published"]["vqa.gqa.accuracy"]["Chat 13B MLP"] == 63.9
     (tmp_path / COCO).unlink()  # pictures are not asked for
     assert _command(capsys, *words)["vqa.vqav2.accuracy"] == "65.00"
+
+
+def test_captions_from_elsewhere_are_scored_by_the_pictures_names(tmp_path, capsys):
+    """COCO's numbers, Flickr's file names, NoCaps' own numbers: what their result files have."""
+    captions = [["a red star above a ring", "a star"], ["one blue cross here", "a blue cross"]]
+    karpathy = [
+        {"filename": f"COCO_val2014_{n:012d}.jpg", "filepath": "val2014", "cocoid": n,
+         "split": "test", "sentences": [{"raw": c} for c in own]}
+        for n, own in zip((7, 42), captions, strict=True)
+    ]  # fmt: skip
+    _write(tmp_path, "coco/dataset_coco.json", {"images": karpathy})
+    for record in karpathy:
+        del record["cocoid"], record["filepath"]
+        record["filename"] = f"{record['filename'][-7:]}"
+    _write(tmp_path, "flickr30k/dataset_flickr30k.json", {"images": karpathy})
+    images = [{"id": n, "file_name": f"0013ea2087{n}.jpg"} for n in range(2)]
+    annotations = [{"image_id": n, "caption": c} for n, own in enumerate(captions) for c in own]
+    _write(tmp_path, "nocaps/nocaps_val_4500_captions.json",
+           {"images": images, "annotations": annotations})  # fmt: skip
+    names = {"coco_caption": (7, 42), "flickr30k_caption": ("007", "042"), "nocaps": (0, 1)}
+    for name, ids in names.items():
+        given = [{"image_id": i, "caption": own[0]} for i, own in zip(ids, captions, strict=True)]
+        _write(tmp_path, "given.json", given[::-1])
+        words = [f"--predictions={name}:{tmp_path / 'given.json'}", f"--data={tmp_path}"]
+        cli.main(["evaluate", *words, "--partial"])
+        printed = capsys.readouterr().out
+        found = dict(line.split()[:2] for line in printed.splitlines())
+        assert found[f"captioning.{name}.en.bleu1"] == "100.00"
+        assert "captioning: words split by this project" in printed
+    _write(tmp_path, "given.json", given[:1])
+    with pytest.raises(files.DatasetError, match=r"the 2 pictures: ids 1 missing .first: 1."):
+        predictions.score("nocaps", tmp_path / "given.json", tmp_path, partial=True)
+    with pytest.raises(files.DatasetError, match=r"unknown data set 'coco'; there are vqav2, "):
+        predictions.score("coco", tmp_path / "given.json", tmp_path)
 
 
 @pytest.mark.parametrize(
