@@ -128,25 +128,32 @@ def chosen(answer: str, options: Mapping[str, str]) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
-def by_id(predictions: Sequence[Mapping], wanted: Sequence, key: str = "question_id") -> list[str]:
-    """Answers of a file of predictions in the order of the questions.
+def by_id(
+    predictions: Sequence[tuple[str, str]], wanted: Sequence[str], what: str = "questions"
+) -> list[str]:
+    """The answers of (id, answer) in the order of the ids that are wanted, which are of `what`.
 
-    Raises DatasetError that counts the missing, the repeated and the unknown ids.
+    Raises DatasetError that counts the missing, the repeated and the unknown ids, with the first
+    of each.
     """
-    found: dict = {}
-    repeated = []
-    for record in predictions:
-        if record[key] in found:
-            repeated.append(record[key])
-        found[record[key]] = record["answer"]
-    missing = [one for one in wanted if one not in found]
-    unknown = [one for one in found if one not in set(wanted)]
+    found: dict[str, str] = {}
+    repeated: dict[str, None] = {}  # in their order
+    for one, answer in predictions:
+        if one in found:
+            repeated[one] = None
+        found[one] = answer
+    asked = set(wanted)
     parts = [
-        f"{len(ids)} {what} (first: {ids[0]})"
-        for what, ids in (("missing", missing), ("repeated", repeated), ("unknown", unknown))
+        f"{len(ids)} {fault} (first: {', '.join(ids[:3])})"
+        for fault, ids in (
+            ("missing", [one for one in wanted if one not in found]),
+            ("repeated", list(repeated)),
+            ("unknown", [one for one in found if one not in asked]),
+        )
         if ids
     ]
     if parts:
-        raise DatasetError(f"the predictions do not fit the {len(wanted)} questions: ids "
-                           f"{', '.join(parts)}")  # fmt: skip
+        raise DatasetError(
+            f"the predictions do not fit the {len(wanted)} {what}: ids {', '.join(parts)}"
+        )
     return [found[one] for one in wanted]

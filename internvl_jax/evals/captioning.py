@@ -14,6 +14,7 @@ from internvl_jax.data import conversation, scenes, text
 from internvl_jax.data.tokenizer import Tokenizer
 from internvl_jax.decoding import Decoding
 from internvl_jax.evals import datasets, features, scores
+from internvl_jax.evals.datasets import EMBEDDED
 from internvl_jax.evals.retrieval import distinct_scenes
 from internvl_jax.models import InternVLConfig, bind
 from internvl_jax.sharding import replicate
@@ -118,13 +119,6 @@ class Captioning:
             yield f"cider.{language}", mean
 
 
-EMBEDDED = "embedded"
-CAVEAT = (
-    "words split by this project, not by the Java program of the published scores: "
-    "near them, not comparable with them"
-)
-
-
 @dataclass
 class Captions:
     """Captions by the paper's protocol (Table 10): 5 beams, 8 to 30 new tokens, greedy otherwise.
@@ -151,7 +145,7 @@ class Captions:
 
     def run(self, config: InternVLConfig, params: features.Params) -> Iterator[tuple[str, float]]:
         """Evaluate, yielding (name, value)."""
-        self.details = {"caveat": CAVEAT}
+        self.details = {"caveat": scores.CAVEAT}
         size, sets = config.vit.image_size, []
         for name in self.datasets:
             if name != EMBEDDED:

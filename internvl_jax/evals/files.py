@@ -1,16 +1,14 @@
 """Published data sets as they lie on a user's disk: pictures decoded on demand, labels, captions.
 
-Three layouts cover the protocols of `datasets`: folders of classes, the tar files that
-CLIP_benchmark publishes (`<name>/test/0.tar`, `classnames.txt`), and the annotation files of
-Karpathy, CLIP_benchmark and XTD10.
+Folders of classes, and the tar files that CLIP_benchmark publishes (`<name>/test/0.tar`,
+`classnames.txt`). `caption_files` reads captions, `question_files` questions.
 """
 
 import io
-import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +26,15 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where an encoded picture lies: a file, or `size` bytes of one from `offset` on."""
+    """Where an encoded picture lies: a file, or `size` bytes of one from `offset` on.
+
+    name: what its data set calls it where that is not the file's name.
+    """
 
     path: Path
     offset: int = 0
     size: int | None = None
+    name: str = ""
 
     def open(self) -> Image.Image:
         if self.size is None:
@@ -46,6 +48,21 @@ class Place:
             raise ValueError(f"{self.path} at byte {self.offset}: {error}") from error
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded picture that came within a table: `where` says which row of the file `path`."""
+
+    path: Path
+    where: str
+    data: bytes = field(repr=False)
+
+    def open(self) -> Image.Image:
+        try:
+            return image.read(io.BytesIO(self.data))
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from error
+
+
 class Pictures:
     """Pictures that are decoded when a slice of them is asked for: uint8 [n, size, size, 3].
 
@@ -55,7 +72,7 @@ class Pictures:
 
     def __init__(
         self,
-        places: Sequence[Place],
+        places: Sequence[Place | Encoded],
         size: int,
         transform: Callable[[Image.Image, int], np.ndarray] = image.square,
     ):
@@ -71,12 +88,12 @@ class Pictures:
         """Pictures by their numbers, in that order."""
         return self._decoded([self.places[number] for number in numbers])
 
-    def _decoded(self, places: Sequence[Place]) -> np.ndarray:
+    def _decoded(self, places: Sequence[Place | Encoded]) -> np.ndarray:
         with ThreadPoolExecutor(_DECODERS) as pool:
             rows = list(pool.map(self._read, places))
         return np.stack(rows) if rows else np.zeros((0, self.size, self.size, 3), np.uint8)
 
-    def _read(self, place: Place) -> np.ndarray:
+    def _read(self, place: Place | Encoded) -> np.ndarray:
         return self.transform(place.open(), self.size)
 
 
@@ -85,6 +102,11 @@ def need(path: Path, what: str) -> Path:
     if not path.exists():
         raise DatasetError(f"{what} is missing: expected at {path}")
     return path
+
+
+def first(paths: Sequence[Path]) -> Path:
+    """The first of the paths that is there, else the first."""
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -120,7 +142,7 @@ def tar_samples(folder: Path) -> Iterator[dict[str, Place | bytes]]:
                     sample = {}
                 key = stem
                 if f".{suffix.lower()}" in SUFFIXES:
-                    sample["image"] = Place(shard, member.offset_data, member.size)
+                    sample["image"] = Place(shard, member.offset_data, member.size, Path(stem).name)
                 elif suffix in ("cls", "txt"):
                     sample[suffix] = archive.extractfile(member).read()
         if sample:
@@ -139,70 +161,7 @@ def tar_classes(folder: Path) -> tuple[list[Place], np.ndarray, list[str]]:
     return [sample["image"] for sample in samples], labels, names.strip("\n").split("\n")
 
 
-Captioned = tuple[list[Place], list[list[str]]]
-
-
-def tar_captions(folder: Path) -> Captioned:
-    """A retrieval set of CLIP_benchmark's tar files: places and each picture's captions."""
-    samples = list(tar_samples(folder / "test"))
-    captions = [s["txt"].decode().strip("\n").split("\n") for s in samples]
-    return [s["image"] for s in samples], captions
-
-
-def karpathy(file: Path, images: Path, split: str = "test") -> Captioned:
-    """Karpathy's JSON (`dataset_flickr30k.json`, `dataset_coco.json`) and the picture folder."""
-    records = json.loads(need(file, "Karpathy's splits").read_text("utf-8"))["images"]
-    chosen = [r for r in records if r["split"] == split]
-    places = [Place(images / r.get("filepath", "") / r["filename"]) for r in chosen]
-    return places, [[s["raw"] for s in r["sentences"]] for r in chosen]
-
-
-def comma_lines(file: Path, images: Path) -> Captioned:
-    """CLIP_benchmark's `<set>_<split>_<lang>.txt`: a header, then lines `name.jpg,caption`."""
-    found: dict[str, list[str]] = {}
-    lines = need(file, "the captions").read_text("utf-8").splitlines()
-    for number, line in enumerate(lines[1:], start=2):
-        if line.strip():
-            name, mark, caption = line.strip().partition(".jpg,")
-            if not mark:
-                raise DatasetError(f"{file}:{number}: expected name.jpg,caption")
-            found.setdefault(name, []).append(caption)
-    return [Place(images / f"{name}.jpg") for name in found], list(found.values())
-
-
-def tab_lines(file: Path, images: Path) -> Captioned:
-    """COCO-CN: lines of a name, a tab and a caption. `name#zhm#0` is name; without suffix .jpg."""
-    found: dict[str, list[str]] = {}
-    for number, line in enumerate(need(file, "the captions").read_text("utf-8").splitlines(), 1):
-        if line.strip():
-            name, mark, caption = line.strip().partition("\t")
-            if not mark:
-                raise DatasetError(f"{file}:{number}: expected a name, a tab and a caption")
-            name = name.partition("#")[0]
-            name = name if Path(name).suffix.lower() in SUFFIXES else f"{name}.jpg"
-            found.setdefault(name, []).append(caption)
-    return [Place(images / name) for name in found], list(found.values())
-
-
-def name_and_caption_files(names: Path, captions: Path, images: Path) -> Captioned:
-    """XTD10: a line per picture in each of two files."""
-    first = need(names, "the list of pictures").read_text("utf-8").splitlines()
-    second = need(captions, "the captions").read_text("utf-8").splitlines()
-    if len(first) != len(second):
-        raise DatasetError(f"{names} has {len(first)} lines but {captions} has {len(second)}")
-    return [Place(images / name) for name in first], [[caption] for caption in second]
-
-
-def coco_captions(file: Path, images: Path) -> Captioned:
-    """COCO's caption JSON ("images", "annotations"), also of NoCaps."""
-    data = json.loads(need(file, "the captions").read_text("utf-8"))
-    groups: dict[int, list[str]] = {record["id"]: [] for record in data["images"]}
-    for annotation in data["annotations"]:
-        groups[annotation["image_id"]].append(annotation["caption"])
-    return [Place(images / r["file_name"]) for r in data["images"]], list(groups.values())
-
-
-def present(places: Sequence[Place]) -> None:
+def present(places: Sequence[Place | Encoded]) -> None:
     """Check that every picture file is there. Raises DatasetError with the first that is not."""
     paths = dict.fromkeys(place.path for place in places)
     missing = [path for path in paths if not path.is_file()]

@@ -21,10 +21,10 @@ from internvl_jax.data import image, sources
 from internvl_jax.data.tokenizer import Tokenizer
 from internvl_jax.evals import datasets, features, files, prompts, scores
 from internvl_jax.evals import heads as head_layers
+from internvl_jax.evals.datasets import EMBEDDED
 from internvl_jax.models import ModelConfig, bind
 from internvl_jax.sharding import place_batch, replicate
 
-EMBEDDED = "embedded"
 KINDS = ("linear", "attention", "knn")
 # Sets on which a probe of ImageNet-1K is judged besides its validation set.
 VARIANTS = ("imagenetv2", "imagenet-a", "imagenet-r", "imagenet_sketch")

@@ -25,6 +25,8 @@ OWN = {
     "ar": ("صورة {c}", "رسم {c}"),
     "it": ("una foto di {c}", "un'immagine di {c}", "un disegno di {c}"),
 }
+# Sets that CLIP_benchmark has no templates of: those of CLIP (openai/CLIP, data/prompts.md).
+CLIP = {"birdsnap": ("a photo of a {c}, a type of bird.",)}
 WNID = re.compile(r"n\d{8}")
 
 
@@ -69,11 +71,15 @@ def build(dataset: str, language: str, folders: Sequence[str]) -> Prompts:
         raise DatasetError(f"no prompts in {language!r}; there are {', '.join(LANGUAGES)}")
     classes = _class_names(dataset, language, folders)
     known = _file("zeroshot_classification_templates", language)
-    templates = known.get(dataset) or known.get("imagenet1k")
-    source = f"CLIP_benchmark, {len(templates)} templates" if templates else ""
-    if not templates:
+    if language == "en" and dataset in CLIP:
+        templates, origin = CLIP[dataset], "CLIP, {} templates"
+    elif known:
+        templates = known.get(dataset) or known["imagenet1k"]
+        origin = "CLIP_benchmark, {} templates"
+    else:
         templates = OWN[language]
-        source = f"own, {len(templates)} templates; not comparable with published figures"
+        origin = "own, {} templates; not comparable with published figures"
+    source = origin.format(len(templates))
     return Prompts(classes, [[t.format(c=name) for t in templates] for name in classes], source)
 
 

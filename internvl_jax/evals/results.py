@@ -1,6 +1,5 @@
-"""Figures for people and programs: a table beside the paper's, CLIP_benchmark's JSON, a page."""
+"""Figures for people and programs: a table beside the paper's, and CLIP_benchmark's JSON."""
 
-import html
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,8 @@ _TASKS = {
     "linear_probe": "linear_probe",
     "captioning": "captioning",
 }
+_MODES = ("c", "g", "itm")
+_LANGUAGES = {"zh": "cn", "ja": "jp"}
 
 
 def table(figures: Mapping[str, float], details: Mapping[str, Mapping[str, Any]]) -> str:
@@ -53,7 +54,7 @@ def records(figures: Mapping[str, float], model: str, checkpoint: str) -> list[d
     """Results in CLIP_benchmark's schema, one for each evaluator, data set, mode and language.
 
     {"dataset", "model", "pretrained", "task", "language", "metrics": {"acc1": …}}; its `build`
-    command reads a file with one of them.
+    command reads a file with one of them. The mode (c, g, itm) is the end of the model's name.
     """
     grouped: dict[tuple[str, str], dict[str, float]] = {}
     for name, value in figures.items():
@@ -61,15 +62,17 @@ def records(figures: Mapping[str, float], model: str, checkpoint: str) -> list[d
         grouped.setdefault((evaluator, ".".join(middle)), {})[_METRICS.get(metric, metric)] = value
     found = []
     for (evaluator, where), metrics in grouped.items():
-        parts = where.split(".") if where else ["embedded"]
-        languages = [part for part in parts if len(part) == 2 and part.isalpha()]
+        parts = where.split(".") if where else []
+        mode = next((part for part in parts if part in _MODES), "")
+        language = next((part for part in parts if len(part) == 2 and part.isalpha()), "en")
+        dataset = ".".join(part for part in parts if part not in (mode, language))
         found.append(
             {
-                "dataset": where or "embedded",
-                "model": model,
+                "dataset": dataset or "embedded",
+                "model": f"{model}-{mode}" if mode else model,
                 "pretrained": checkpoint,
                 "task": _TASKS.get(evaluator, evaluator),
-                "language": languages[0] if languages else "en",
+                "language": _LANGUAGES.get(language, language),
                 "metrics": metrics,
             }
         )
@@ -88,32 +91,3 @@ def write(
         "records": records(figures, model, source),
     }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def page(path: Path, figures: Mapping[str, float], details: Mapping[str, Any], source: str) -> None:
-    """A self-contained HTML page: a bar for each figure, a line where the paper stands."""
-    rows = []
-    for name, value in figures.items():
-        shown, paper = percent(name, value), PUBLISHED.get(name, {})
-        full = max([100.0, shown, *paper.values()])
-        marks = "".join(
-            f'<line x1="{2 * x / full * 100:.1f}" x2="{2 * x / full * 100:.1f}" y1="0" y2="16" '
-            f'stroke="#c33" stroke-width="2"><title>{html.escape(model)} {x:g}</title></line>'
-            for model, x in paper.items()
-        )
-        bar = f'<rect width="{2 * max(shown, 0) / full * 100:.1f}" height="16" fill="#68a"/>'
-        words = ", ".join(f"{html.escape(model)} {x:g}" for model, x in paper.items())
-        rows.append(
-            f"<tr><td>{html.escape(name)}</td><td class=n>{shown:.2f}</td>"
-            f'<td><svg width="204" height="16">{bar}{marks}</svg></td><td>{words}</td></tr>'
-        )
-    said = [f"{name}: {note}" for name, found in details.items() for note in notes(found)]
-    path.write_text(
-        "<!doctype html><meta charset=utf-8><title>Evaluation</title>"
-        "<style>body{font:15px sans-serif;margin:2em}td{padding:2px 10px}.n{text-align:right}"
-        f"</style><h1>Evaluation of {html.escape(source)}</h1>"
-        "<p>Per cent, MME in points; red lines: the paper (arXiv 2312.14238).</p>"
-        f"<table>{''.join(rows)}</table>"
-        f"{''.join(f'<p>{html.escape(note)}</p>' for note in said)}\n",
-        encoding="utf-8",
-    )

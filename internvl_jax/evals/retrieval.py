@@ -10,6 +10,7 @@ import numpy as np
 from internvl_jax.data import conversation, scenes, sources, text
 from internvl_jax.data.tokenizer import Tokenizer
 from internvl_jax.evals import datasets, features, matching, scores
+from internvl_jax.evals.datasets import EMBEDDED
 from internvl_jax.models import InternVLConfig
 
 CUTOFFS = (1, 5, 10)
@@ -23,9 +24,6 @@ def distinct_scenes(count: int) -> list[scenes.Scene]:
 def modes_of(config: InternVLConfig, modes: tuple[str, ...] | None) -> tuple[str, ...]:
     """The image features to evaluate: those asked for, or all that the model has."""
     return modes or (("c", "g") if config.num_queries else ("c",))
-
-
-EMBEDDED = "embedded"
 
 
 @dataclass

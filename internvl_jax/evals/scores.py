@@ -11,6 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+CAVEAT = (
+    "words split by this project, not by the Java program of the published scores: "
+    "near them, not comparable with them"
+)
+
 
 def ranks(
     queries: np.ndarray,

@@ -15,9 +15,10 @@ from internvl_jax.data import scenes
 from internvl_jax.data.tokenizer import Tokenizer
 from internvl_jax.evals import features, scores
 from internvl_jax.evals import segmentation_heads as heads
-from internvl_jax.evals.segmentation_data import EMBEDDED, IGNORED, ade20k, crop_of, scene_set
+from internvl_jax.evals.datasets import EMBEDDED
+from internvl_jax.evals.segmentation_data import IGNORED, ade20k, crop_of, scene_set
+from internvl_jax.evals.segmentation_recipe import Recipe, optimizer
 from internvl_jax.models import ModelConfig, bind
-from internvl_jax.rules import flatten, unflatten
 from internvl_jax.sharding import place_batch, replicate
 
 HEADS = ("linear", "upernet")
@@ -57,11 +58,14 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.sum(each * counted) / jnp.maximum(counted.sum(), 1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "head", "layers", "tx", "tune", "aid"))
+# The recipe and not the optimizer is what a compiled update belongs to: it is the same in every
+# run of an evaluator, while each optimizer would be compiled anew.
+@functools.partial(jax.jit, static_argnames=("config", "head", "layers", "recipe", "tune", "aid"))
 def _update(
-    params, learnt, state, moments, pixels, labels, key, *, config, head, layers, tx, tune, aid
+    params, learnt, state, moments, pixels, labels, key, *, config, head, layers, recipe, tune, aid
 ):
     labels = replicate(labels)  # as the maps are
+    tx = optimizer(learnt, config.vit.depth, recipe)
 
     def loss_of(learnt):
         tower = {**params, "vit": learnt["vit"]} if tune else params
@@ -78,47 +82,6 @@ def _update(
     (loss, state), gradient = jax.value_and_grad(loss_of, has_aux=True)(learnt)
     updates, moments = tx.update(gradient, moments, learnt)
     return optax.apply_updates(learnt, updates), state, moments, loss
-
-
-def layer_scales(learnt: dict, depth: int, rate: float) -> dict:
-    """Learning-rate factors rate^(depth + 1 − layer): embeddings are layer 0, block i is i + 1.
-
-    What is no part of the tower counts as the last layer. Blocks are stacked, so their factors
-    are arrays along the leading axis.
-    """
-
-    def scale(path, leaf):
-        if not path.startswith("vit/"):
-            return np.float32(1.0)
-        if path.startswith("vit/blocks/"):
-            each = rate ** (depth + 1 - np.arange(1, depth + 1, dtype=np.float32))
-            return each.reshape(-1, *(1,) * (leaf.ndim - 1))
-        return np.float32(rate ** (depth + 1))
-
-    return unflatten({path: scale(path, leaf) for path, leaf in flatten(learnt).items()})
-
-
-def optimizer(learnt, depth, *, rate, steps, warmup, weight_decay, layer_decay):
-    """AdamW with a linear warm-up, a linear decay to zero, and factors by layer.
-
-    Biases, norms and other vectors have no weight decay; the stacked blocks' vectors are matrices
-    here, so their leading axis does not count.
-    """
-    rising = optax.linear_schedule(1e-6 * rate, rate, max(warmup, 1))
-    falling = optax.linear_schedule(rate * (1 - warmup / steps), 0.0, steps - warmup)
-    schedule = optax.join_schedules([rising, falling], [warmup])
-
-    def decays(path, leaf):
-        return leaf.ndim - path.startswith("vit/blocks/") > 1
-
-    mask = unflatten({path: decays(path, leaf) for path, leaf in flatten(learnt).items()})
-    scales = layer_scales(learnt, depth, layer_decay)
-    return optax.chain(
-        optax.scale_by_adam(0.9, 0.999),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.stateless(lambda u, _: jax.tree.map(lambda x, s: x * s, u, scales)),
-        optax.scale_by_learning_rate(schedule),
-    )
 
 
 def windows(length: int, window: int, stride: int) -> list[int]:
@@ -211,11 +174,10 @@ class Segmentation:
             channels = self.channels or (64 if embedded else 1536)
             head, state = heads.init_upernet(key, width, channels, classes)
         learnt = {"head": head, **({"vit": params["vit"]} if self.tune else {})}
-        tx = optimizer(
-            learnt, config.vit.depth, rate=self.rate, steps=self.steps, warmup=self.warmup,
-            weight_decay=self.weight_decay, layer_decay=self.layer_decay,
-        )  # fmt: skip
-        moments = tx.init(learnt)
+        recipe = Recipe(
+            self.rate, self.steps, self.warmup, self.weight_decay, self.layer_decay
+        )
+        moments = optimizer(learnt, config.vit.depth, recipe).init(learnt)
         rng = np.random.default_rng(self.seed)
         for step in range(self.steps):
             chosen = rng.integers(len(train), size=self.batch_size)
@@ -223,7 +185,7 @@ class Segmentation:
             pixels, labels = place_batch([np.stack(column) for column in zip(*rows, strict=True)])
             learnt, state, moments, loss = _update(
                 params, learnt, state, moments, pixels, labels, jax.random.fold_in(key, step),
-                tx=tx, tune=self.tune, aid=2 if self.tune else 1, **static,
+                recipe=recipe, tune=self.tune, aid=2 if self.tune else 1, **static,
             )  # fmt: skip
         if not np.isfinite(float(loss)):
             raise FloatingPointError("the head's loss is not finite; lower its rate")

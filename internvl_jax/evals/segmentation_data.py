@@ -11,7 +11,6 @@ from PIL import Image
 from internvl_jax.data import image, scenes
 from internvl_jax.evals import datasets, files
 
-EMBEDDED = "embedded"
 IGNORED = 255
 _LONG_TO_SHORT = 4  # the published scale (2016, 504)
 Pair = tuple[np.ndarray, np.ndarray]

@@ -15,10 +15,11 @@ import numpy as np
 from internvl_jax.data import conversation, image, scenes, text
 from internvl_jax.data.tokenizer import Tokenizer
 from internvl_jax.evals import datasets, features, files, prompts, scores
+from internvl_jax.evals.datasets import EMBEDDED
+from internvl_jax.evals.retrieval import modes_of
 from internvl_jax.evals.zero_shot import class_embeddings
 from internvl_jax.models import InternVLConfig
 
-EMBEDDED = "embedded"
 _FRAMES = 16  # of an embedded video
 
 
@@ -100,7 +101,7 @@ class Video:
                     yield f"{name}.{language}.{count}f.{metric}", value
 
     def _retrieve(self, config, params, name, videos, captions):
-        modes = self.modes or (("c", "g") if config.num_queries else ("c",))
+        modes = modes_of(config, self.modes)
         numbers = np.arange(len(videos))
         for language, texts in captions.items():
             ids = self.tokenizer.encode_batch(

@@ -14,6 +14,7 @@ import numpy as np
 from internvl_jax.data import conversation, scenes, sources, text
 from internvl_jax.data.tokenizer import Tokenizer
 from internvl_jax.evals import datasets, features, prompts, scores
+from internvl_jax.evals.datasets import EMBEDDED
 from internvl_jax.models import InternVLConfig
 
 
@@ -32,9 +33,6 @@ def class_embeddings(
     ends = np.cumsum([len(group) for group in prompts])[:-1]
     means = np.stack([part.mean(axis=0) for part in np.split(embeddings, ends)])
     return means / np.linalg.norm(means, axis=-1, keepdims=True)
-
-
-EMBEDDED = "embedded"
 
 
 @dataclass

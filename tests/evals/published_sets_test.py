@@ -97,6 +97,44 @@ def test_a_missing_or_different_set_is_refused_with_what_is_expected(tmp_path):
         datasets.captioned("xtd", "retrieval", tmp_path, "de", 8)
 
 
+def test_tars_of_vtab_have_its_name_in_front(tmp_path):
+    (tmp_path / "wds_vtab-dtd/test").mkdir(parents=True)
+    with pytest.raises(files.DatasetError, match=r"no tar files in .*wds_vtab-dtd/test"):
+        datasets.classification("dtd", tmp_path, 8)
+
+
+def test_birdsnap_has_the_template_of_clip():
+    made = prompts.build("birdsnap", "en", ["Ruff"])
+    assert made.texts == [["a photo of a Ruff, a type of bird."]]
+    assert made.source == "CLIP, 1 templates"
+
+
+def test_chinese_and_xtd_captions_are_read_as_their_makers_have_them(tmp_path):
+    names = [f"COCO_{split}2014_000000000{n:03d}" for n, split in enumerate(("val", "train"))]
+    for name in names:
+        path = tmp_path / "coco" / name.split("_")[1] / f"{name}.jpg"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(_scene(PAIRS[0])).save(path)
+    for folder in ("coco-cn", "xtd/XTD10", "xtd/STAIR"):
+        (tmp_path / folder).mkdir(parents=True)
+    other = "COCO_train2014_000000000009"
+    lines = [f"{name}#zhm#{n}\t句{n}" for name in (*names, other) for n in range(2)]
+    file = tmp_path / "coco-cn/imageid.human-written-caption.txt"
+    file.write_text("\n".join(lines), "utf-8")
+    (tmp_path / "coco-cn/coco-cn_test.txt").write_text("\n".join(names[::-1]))
+    pictures, captions = datasets.captioned("coco-cn", "retrieval", tmp_path, "zh", 8, True)
+    assert captions == [["句0", "句1"]] * 2 and pictures[:].shape == (2, 8, 8, 3)
+    assert [place.path.stem for place in pictures.places] == names[::-1]
+    file.write_text("\n".join(lines[:2]), "utf-8")
+    with pytest.raises(files.DatasetError, match=f"no caption of 1 pictures: {names[1]}.jpg"):
+        datasets.captioned("coco-cn", "retrieval", tmp_path, "zh", 8, True)
+    listed = "\n".join(f"{name}.jpg" for name in names)
+    (tmp_path / "xtd/XTD10/test_image_names.txt").write_text(listed)
+    (tmp_path / "xtd/STAIR/test_1kcaptions_jp.txt").write_text("一\n二\n", "utf-8")
+    pictures, captions = datasets.captioned("xtd", "retrieval", tmp_path, "ja", 8, True)
+    assert captions == [["一"], ["二"]] and len(pictures[:]) == 2
+
+
 def _retrieval_files(root):
     """Flickr30K in Karpathy's JSON and in Chinese lines, XTD, and COCO-CN: the same pictures."""
     for folder in ("flickr30k/Images", "xtd/images", "coco-cn/images"):

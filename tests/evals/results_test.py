@@ -6,7 +6,7 @@ import re
 import pytest
 
 from internvl_jax import cli
-from internvl_jax.evals import evaluator, published, results, tables
+from internvl_jax.evals import evaluator, page, published, results, tables
 
 FIGURES = {
     "zero_shot.imagenet1k.en.top1": 0.8,
@@ -39,7 +39,7 @@ def test_the_table_has_the_papers_numbers_and_what_must_be_said():
 def test_records_follow_the_schema_of_clip_benchmark():
     first, second, *_ = results.records(FIGURES, "InternVL", "demo")
     assert first == {
-        "dataset": "imagenet1k.en",
+        "dataset": "imagenet1k",
         "model": "InternVL",
         "pretrained": "demo",
         "task": "zeroshot_classification",
@@ -48,6 +48,25 @@ def test_records_follow_the_schema_of_clip_benchmark():
     }
     assert second["metrics"] == {"text_retrieval_recall@1": 0.5}
     assert second["task"] == "zeroshot_retrieval"
+    assert (second["dataset"], second["model"]) == ("coco", "InternVL-g")
+    (third,) = results.records({"zero_shot.imagenet1k.ja.top1": 0.6}, "InternVL", "demo")
+    assert (third["dataset"], third["language"]) == ("imagenet1k", "jp")
+
+
+def test_the_page_has_a_bar_for_each_figure_and_marks_for_the_paper(tmp_path):
+    page.write(tmp_path / "p.html", FIGURES, DETAILS, "<demo>")
+    text = (tmp_path / "p.html").read_text()
+    plots = dict(re.findall(r"<tr><td>(\S+?)</td>.*?(<svg.*?</svg>)", text))
+    widths = {name: re.findall(r'y="3" width="([\d.]+)"', plot) for name, plot in plots.items()}
+    # Bars end where their share of the plot's 320 pixels does: of 100, of 2000 points, of 200.
+    assert widths["imagenet1k.en.top1"] == ["256.0"] and widths["mme.total"] == ["240.0"]
+    assert widths["nocaps.en.cider"] == ["176.0"] and len(plots) == len(FIGURES)
+    marked = {name: plot.count("<path") for name, plot in plots.items() if "<path" in plot}
+    assert marked == {
+        "imagenet1k.en.top1": 1, "coco.g.en.i2t_r1": 1, "mme.total": 2, "nocaps.en.cider": 1,
+    }  # fmt: skip
+    assert "InternVL-G 74.9</span> -24.9" in text and "<h2>knn</h2>" in text
+    assert "<p>own words</p>" in text and "&lt;demo&gt;" in text and "<demo>" not in text
 
 
 def test_the_command_prints_and_writes(tmp_path, capsys):
@@ -58,7 +77,7 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     assert written["figures"]["knn.scenes.top1"] > 0.8
     assert written["records"][0]["metrics"]["acc1"] == written["figures"]["knn.scenes.top1"]
     text = (tmp_path / "f.html").read_text()
-    assert text.count("<rect") == 3 and "knn.scenes.top1" in text
+    assert text.count("<svg") == 1 + 3 and "<td>scenes.top1</td>" in text
 
 
 @pytest.mark.parametrize(

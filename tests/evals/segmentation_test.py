@@ -8,7 +8,14 @@ from PIL import Image
 from sklearn import metrics
 
 from internvl_jax.data import scenes
-from internvl_jax.evals import evaluator, files, scores, segmentation, segmentation_data
+from internvl_jax.evals import (
+    evaluator,
+    files,
+    scores,
+    segmentation,
+    segmentation_data,
+    segmentation_recipe,
+)
 from internvl_jax.evals import segmentation_heads as heads
 
 
@@ -59,12 +66,13 @@ def test_layer_decay_counts_from_the_top():
         "vit": {"patch": jnp.ones(2), "blocks": {"w": jnp.ones((3, 4, 4)), "b": jnp.ones((3, 4))}},
         "head": {"w": jnp.ones((2, 2))},
     }
-    found = segmentation.layer_scales(learnt, 3, 0.5)
+    found = segmentation_recipe.layer_scales(learnt, 3, 0.5)
     assert found["vit"]["patch"] == 0.0625 and found["head"]["w"] == 1
     assert found["vit"]["blocks"]["w"].ravel().tolist() == [0.125, 0.25, 0.5]
-    tx = segmentation.optimizer(
-        learnt, 3, rate=1.0, steps=10, warmup=0, weight_decay=0.1, layer_decay=0.5
+    recipe = segmentation_recipe.Recipe(
+        rate=1.0, steps=10, warmup=0, weight_decay=0.1, layer_decay=0.5
     )
+    tx = segmentation_recipe.optimizer(learnt, 3, recipe)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, learnt), tx.init(learnt), learnt)
     assert np.all(np.asarray(updates["vit"]["blocks"]["b"]) == 0)  # vectors have no weight decay
     np.testing.assert_allclose(updates["vit"]["blocks"]["w"][:, 0, 0], [-0.0125, -0.025, -0.05])
