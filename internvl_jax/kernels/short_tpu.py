@@ -81,7 +81,7 @@ class Sizes:
         tile = _whole(self.tile, LANES)
         heads = self.group * self.repeat
         blocks = 2 * LANES * itemsize * (3 * rows * heads + 4 * keys * self.group)
-        log_sums = 2 * _whole(heads, 8) * _whole(self.rows, LANES) * 4
+        log_sums = 2 * 8 * heads * _whole(self.rows, LANES) * 4
         pipeline = STAGES * keys * tile * 2 * (4 + itemsize)
         sums = 2 * keys * LANES * 4
         bias = keys * _whole(self.rows, LANES) * 4 if self.masked else 0
@@ -191,19 +191,18 @@ def _call(sizes: Sizes, kernel, mask: Mask, arrays, inputs, outputs, out_shape, 
 
 
 def _specs(sizes: Sizes) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-    """Blocks of queries, of keys and of log-sums, [B, groups, heads, T]."""
+    """Blocks of queries, of keys and of log-sums, [B, H, 1, T]."""
     heads = sizes.group * sizes.repeat
     return (
         pl.BlockSpec((None, sizes.rows, heads * LANES), lambda b, g, *_: (b, 0, g)),
         pl.BlockSpec((None, sizes.keys, sizes.group * LANES), lambda b, g, *_: (b, 0, g)),
-        pl.BlockSpec((None, None, heads, sizes.rows), lambda b, g, *_: (b, g, 0, 0)),
+        pl.BlockSpec((None, heads, 1, sizes.rows), lambda b, g, *_: (b, g, 0, 0)),
     )
 
 
 def _forward(sizes: Sizes, query, key, value, mask):
     queries, keys, log_sums = _specs(sizes)
-    groups = sizes.key_heads // sizes.group
-    shape = (query.shape[0], groups, sizes.heads // groups, sizes.rows)
+    shape = (query.shape[0], sizes.heads, 1, sizes.rows)
     return _call(
         sizes,
         _forward_kernel,
@@ -217,7 +216,7 @@ def _forward(sizes: Sizes, query, key, value, mask):
         ],
         [
             pltpu.VMEM((STAGES, sizes.keys, sizes.tile), jnp.float32),
-            pltpu.VMEM((STAGES, sizes.keys, sizes.tile), value.dtype),
+            _packed(sizes, value.dtype),
             pltpu.VMEM((STAGES, 8, sizes.tile), jnp.float32),
         ],
         "attention_short_forward",
@@ -238,11 +237,33 @@ def _backward(sizes: Sizes, query, key, value, mask, log_sums, gradient):
         [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (query, key, value)],
         [
             *[pltpu.VMEM(whole, jnp.float32)] * 2,
-            *[pltpu.VMEM(whole, query.dtype)] * 2,
+            *[_packed(sizes, query.dtype)] * 2,
             *sums,
         ],
         "attention_short_backward",
     )
+
+
+def _packed(sizes: Sizes, dtype):
+    """Scratch for an operand [S, T] of the matrix unit, in columns of 128.
+
+    A register holds 16 rows of bfloat16 and memory 8 in a row of tiles: only where a row is one
+    tile are they adjacent, so that one load fills a register.
+    """
+    return pltpu.VMEM((STAGES, pl.cdiv(sizes.tile, LANES), sizes.keys, LANES), dtype)
+
+
+def _pack(ref, slot: int, keys: slice, x: jax.Array) -> None:
+    for i in range(ref.shape[1]):
+        part = x[:, i * LANES : (i + 1) * LANES]
+        ref[slot, i, keys, : part.shape[1]] = part.astype(ref.dtype)
+
+
+def _unpack(sizes: Sizes, ref, slot: int) -> jax.Array:
+    """[S, T]"""
+    last = sizes.tile - (ref.shape[1] - 1) * LANES
+    parts = [ref[slot, i] for i in range(ref.shape[1] - 1)]
+    return jnp.concatenate([*parts, ref[slot, ref.shape[1] - 1, :, :last]], axis=1)
 
 
 def _summed(sizes: Sizes) -> bool:
@@ -395,15 +416,16 @@ def _forward_kernel(sizes: Sizes, mask: Mask, *refs):
         for keys in _chunks(sizes):
             weights = jnp.exp2(seen(item, slot, keys) - top)
             total += jnp.sum(weights, axis=0, keepdims=True)
-            weights_ref[slot, keys] = weights.astype(weights_ref.dtype)
+            _pack(weights_ref, slot, keys, weights)
         if sizes.masked:
             total = jnp.where(total > 0, total, 1.0)
         total_ref[slot] = jnp.broadcast_to(1 / total, total_ref.shape[1:])
-        log_sum_ref[pl.ds(item.head, 1), item.rows] = top + jnp.log2(total)
+        log_sum_ref[item.head, :, item.rows] = top + jnp.log2(total)
 
     def mix(index, slot):
         item = _Item(sizes, index)
-        mixed = _dot(weights_ref[slot], value_ref[:, item.key_lanes], _COLUMNS_BY_ROWS)
+        weights = _unpack(sizes, weights_ref, slot)
+        mixed = _dot(weights, value_ref[:, item.key_lanes], _COLUMNS_BY_ROWS)
         out_ref[item.rows, item.lanes] = (mixed * _column(total_ref[slot])).astype(out_ref.dtype)
 
     _pipeline((score, soften, mix), sizes.group * sizes.repeat * sizes.tiles)
@@ -425,31 +447,32 @@ def _backward_kernel(sizes: Sizes, mask: Mask, *refs):
 
     def soften(index, slot):
         item = _Item(sizes, index)
-        log_sum = log_sum_ref[pl.ds(item.head, 1), item.rows]
+        log_sum = log_sum_ref[item.head, :, item.rows]
         mean = jnp.zeros((1, sizes.tile))
         for keys in _chunks(sizes):
             weights = jnp.exp2(seen(item, slot, keys) - log_sum)
             mean += jnp.sum(weights * pull_ref[slot, keys], axis=0, keepdims=True)
-            weights_ref[slot, keys] = weights.astype(weights_ref.dtype)
+            _pack(weights_ref, slot, keys, weights)
             scores_ref[slot, keys] = weights
         for keys in _chunks(sizes):
             push = scores_ref[slot, keys] * (pull_ref[slot, keys] - mean)
-            push_ref[slot, keys] = push.astype(push_ref.dtype)
+            _pack(push_ref, slot, keys, push)
 
     def pull_back(index, slot):
         item = _Item(sizes, index)
         query, gradient = (_tile(sizes, ref, item) for ref in (query_ref, gradient_ref))
+        push = _unpack(sizes, push_ref, slot)
         to_keys = (
-            (to_value_ref, weights_ref, gradient, 1.0),
-            (to_key_ref, push_ref, query, sizes.scale),
+            (to_value_ref, _unpack(sizes, weights_ref, slot), gradient, 1.0),
+            (to_key_ref, push, query, sizes.scale),
         )
         for part, (ref, weights, rows, scale) in enumerate(to_keys):
-            piece = _dot(weights[slot], rows, _PLAIN)
+            piece = _dot(weights, rows, _PLAIN)
             if _summed(sizes):
                 piece += jnp.where(item.first, 0.0, summed_ref[part])
                 summed_ref[part] = piece
             ref[:, item.key_lanes] = (piece * scale).astype(ref.dtype)
-        to_query = _dot(push_ref[slot], key_ref[:, item.key_lanes], _COLUMNS_BY_ROWS)
+        to_query = _dot(push, key_ref[:, item.key_lanes], _COLUMNS_BY_ROWS)
         to_query_ref[item.rows, item.lanes] = (to_query * sizes.scale).astype(to_query_ref.dtype)
 
     _pipeline((score, soften, pull_back), sizes.group * sizes.repeat * sizes.tiles)
