@@ -22,20 +22,18 @@ class Implementation(NamedTuple):
         attention: (query, key, value, *, mask, scale) → [B, T, H, D].
         supports: (query, key, value, mask) → None, or why it cannot run.
         platforms: where it runs natively; empty for everywhere.
-        automatic: whether it is chosen without being asked for.
+        supports_unasked: the guard where it is not asked for by name, if stricter.
     """
 
     attention: Callable[..., jax.Array]
     supports: Callable[..., str | None]
     platforms: tuple[str, ...] = ()
-    automatic: bool = True
+    supports_unasked: Callable[..., str | None] | None = None
 
 
-# In the order of preference. The Pallas kernels wait to be asked for until the TPU compiler has
-# accepted them for every chip.
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS = {  # in the order of preference
     "pallas_tpu": Implementation(
-        pallas_tpu.attention, pallas_tpu.supports, ("tpu",), automatic=False
+        pallas_tpu.attention, pallas_tpu.supports, ("tpu",), pallas_tpu.supports_unasked
     ),
     "cudnn": Implementation(cudnn.attention, cudnn.supports, ("gpu", "cuda")),
     "xla": Implementation(xla.attention, xla.supports),
@@ -59,8 +57,7 @@ def attention(
         key, value: [B, S, K, D], K dividing H.
         mask: what each query sees (`kernels.masks`); a row that sees nothing gives zeros.
         scale: multiplies the scores; 1/sqrt(D) by default.
-        implementation: a name of `IMPLEMENTATIONS`; None takes the first automatic one that can
-            run here.
+        implementation: a name of `IMPLEMENTATIONS`; None takes the first that can run here.
             "pallas_tpu" by name also runs on a CPU, interpreted (slowly).
 
     Returns:
@@ -91,9 +88,9 @@ def _choose(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> s
     """The first implementation of this platform whose guard accepts; says so once."""
     here, reasons = platform(), []
     for name, entry in IMPLEMENTATIONS.items():
-        if not entry.automatic or (entry.platforms and here not in entry.platforms):
+        if entry.platforms and here not in entry.platforms:
             continue
-        reason = entry.supports(query, key, value, mask)
+        reason = (entry.supports_unasked or entry.supports)(query, key, value, mask)
         if reason is None:
             shape = f"{query.shape[1]} × {key.shape[1]} positions, {query.shape[3]} wide"
             _say_once(name, here, shape, "; ".join(reasons))

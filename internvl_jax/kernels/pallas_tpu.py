@@ -4,15 +4,30 @@ import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from internvl_jax.kernels import blocked_tpu
+from internvl_jax.kernels import blocked_tpu, short_tpu
 from internvl_jax.kernels.masks import Mask
 from internvl_jax.sharding import platform
 
-KERNELS = (blocked_tpu,)  # in the order of preference; each has `supports` and `attention`
+# In the order of preference; each has `supports` and `attention`. The TPU compiler has accepted the
+# proven ones for every chip; the others run only where "pallas_tpu" is asked for by name.
+PROVEN = (short_tpu,)
+KERNELS = (*PROVEN, blocked_tpu)
+FEWEST = 8  # queries for a kernel that nobody asked for: it gives each query a lane out of 128
 
 
 def supports(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> str | None:
     """None, or why no kernel can run."""
+    return _refusal(KERNELS, query, key, value, mask)
+
+
+def supports_unasked(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> str | None:
+    """None, or why no proven kernel can run or pays."""
+    if query.shape[1] < FEWEST:
+        return f"{query.shape[1]} queries would leave most lanes of the kernels empty"
+    return _refusal(PROVEN, query, key, value, mask)
+
+
+def _refusal(kernels, query, key, value, mask) -> str | None:
     if platform() not in ("tpu", "cpu"):
         return f"Pallas TPU kernels do not run on {platform()}"
     mesh = jax.sharding.get_abstract_mesh()
@@ -25,7 +40,7 @@ def supports(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> 
     for name, array in (("key", key), ("value", value)):
         if _spec(array) != P(batch, None, heads, None):
             return f"{name} is sharded as {_spec(array)}, query as {_spec(query)}"
-    reasons = [kernel.supports(query, key, value, mask) for kernel in KERNELS]
+    reasons = [kernel.supports(query, key, value, mask) for kernel in kernels]
     return None if None in reasons else "; ".join(reasons)
 
 

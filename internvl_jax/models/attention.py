@@ -117,7 +117,8 @@ class CrossAttention(nnx.Module):
     def __call__(self, x: jax.Array, vision: jax.Array) -> jax.Array:
         """Residual update for the query positions, [B, Q, W]."""
         query, key, value = self.project(x, vision)
-        return self.o(merge_heads(kernels.attention(query, key, value), "heads"))
+        mixed = merge_heads(kernels.attention(query, key, value), "heads")
+        return self.o(checkpoint_name(mixed, "attention"))
 
 
 class AttentionPool(nnx.Module):

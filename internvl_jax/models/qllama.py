@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from internvl_jax.kernels import Mask, attention
 from internvl_jax.models.attention import CrossAttention, merge_heads
@@ -34,7 +35,8 @@ def cross_attend(cross: CrossAttention, x: jax.Array, vision: jax.Array, queries
     packed = jnp.reshape(head, (images, repeat * queries, width), out_sharding=wide)
     with jax.named_scope("cross_attention"):
         query, key, value = cross.project(packed, vision)
-        update = cross.o(merge_heads(attention(query, key, value), "heads"))
+        mixed = merge_heads(attention(query, key, value), "heads")
+        update = cross.o(checkpoint_name(mixed, "attention"))
     update = jnp.reshape(update, (rows, queries, width), out_sharding=wide)
     return jnp.concatenate([head + update, rest], axis=1)
 

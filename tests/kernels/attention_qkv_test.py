@@ -134,11 +134,20 @@ def test_devices_of_a_mesh_share_the_batch():
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def fused(x):
+    return kernels.attention_qkv(x, num_heads=HEADS, implementation="pallas_tpu")
+
+
+def separate(x):
+    parts = (part.reshape(*x.shape[:2], HEADS, DIM) for part in jnp.split(x, 3, axis=-1))
+    return kernels.attention(*parts, implementation="pallas_tpu")
+
+
+@pytest.mark.parametrize("attend", [fused, separate])
 @pytest.mark.parametrize(("policy", "calls"), [("full", 3), ("attention", 2), ("none", 2)])
-def test_a_policy_that_keeps_attention_does_not_run_it_again(policy, calls):
+def test_a_policy_that_keeps_attention_does_not_run_it_again(policy, calls, attend):
     def layer(x):
-        out = kernels.attention_qkv(x, num_heads=HEADS, implementation="pallas_tpu")
-        return jax.ad_checkpoint.checkpoint_name(out, "attention")
+        return jax.ad_checkpoint.checkpoint_name(attend(x), "attention")
 
     body = remat(lambda x: jnp.sum(jnp.sin(layer(jnp.sin(x)))), policy)
     jaxpr = jax.make_jaxpr(jax.grad(body))(jnp.ones((1, 8, 3 * WIDTH)))

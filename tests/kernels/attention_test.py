@@ -11,13 +11,15 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from internvl_jax import kernels, sharding
-from internvl_jax.kernels import blocked_tpu, reference
+from internvl_jax.kernels import blocked_tpu, reference, short_tpu
 from internvl_jax.kernels.attention import IMPLEMENTATIONS
+from internvl_jax.plan import topology
 
 QUERIES = 4
 MODES = np.array([kernels.ITM, kernels.ITC, kernels.ITG], np.int32)
+KERNELS = {"short": short_tpu, "blocked": blocked_tpu}  # the two of "pallas_tpu"
 # cuDNN needs an NVIDIA GPU: this machine runs what its guards accept.
-NAMES = [name for name in IMPLEMENTATIONS if name != "cudnn"]
+NAMES = [*KERNELS, *(name for name in IMPLEMENTATIONS if name not in ("pallas_tpu", "cudnn"))]
 
 
 def valid(length: int) -> np.ndarray:
@@ -123,13 +125,26 @@ def check(got, expected, dtype) -> None:
         np.testing.assert_allclose(a, b, atol=tolerance, rtol=0, err_msg=name)
 
 
-def suite(implementation, mask, queries, keys, dtype=jnp.float32, **sizes) -> None:
-    arrays = inputs(queries, keys, dtype=dtype, **sizes)
-    attend = functools.partial(
-        kernels.attention, mask=mask_of(mask, queries, keys), implementation=implementation
-    )
+def attention_by(name: str, mask: kernels.Mask):
+    """Attention by one kernel of "pallas_tpu", interpreted, or by another implementation."""
+    if name in KERNELS:
+        return functools.partial(KERNELS[name].attention, mask=mask, interpret=True)
+    return functools.partial(kernels.attention, mask=mask, implementation=name)
+
+
+def suite(implementation, mask, queries, keys, dtype=jnp.float32, dim=64, **sizes) -> None:
+    dim = 128 if implementation == "short" else dim
+    arrays = inputs(queries, keys, dtype=dtype, dim=dim, **sizes)
+    attend = attention_by(implementation, mask_of(mask, queries, keys))
     expected = by_hand(*arrays, allowed(mask, queries, keys))
     check(computed(attend, *arrays), expected, dtype)
+
+
+def cut(monkeypatch) -> None:
+    """Several blocks or tiles of 128 for 150 positions, the last hanging over."""
+    monkeypatch.setattr(blocked_tpu, "BLOCK", 128)
+    monkeypatch.setattr(short_tpu, "UNTILED", 64)
+    monkeypatch.setattr(short_tpu, "TILES", (128,))
 
 
 QUICK = ("middleware", "causal & keys", "causal & segments")  # these hold the other masks' parts
@@ -138,14 +153,14 @@ QUICK = ("middleware", "causal & keys", "causal & segments")  # these hold the o
 @pytest.mark.parametrize(
     "implementation,mask",
     [
-        pytest.param(name, mask, marks=[pytest.mark.slow] * (name == "pallas_tpu"))
+        pytest.param(name, mask, marks=[pytest.mark.slow] * (name in KERNELS))
         if mask not in QUICK
         else (name, mask)
         for name, mask in itertools.product(NAMES, MASKS)
     ],
 )
 def test_attention_and_its_gradients_follow_the_definition(implementation, mask, monkeypatch):
-    monkeypatch.setattr(blocked_tpu, "BLOCK", 128)  # several blocks, the last hanging over
+    cut(monkeypatch)
     suite(implementation, mask, 150, 150)
 
 
@@ -160,8 +175,9 @@ def test_lengths_types_and_masks(implementation, queries, keys, mask, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", ["full", "causal", "causal & keys", "causal & segments"])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize(
+    "implementation,dim", [("short", 128), *itertools.product(NAMES[1:], (64, 128))]
+)
 def test_many_blocks(implementation, dim, mask):
     suite(implementation, mask, 1025, 1025, dim=dim, heads=2, key_heads=1)
 
@@ -171,9 +187,11 @@ def test_one_key_head_and_bfloat16(implementation):
     suite(implementation, "causal", 7, 7, jnp.bfloat16, heads=3, key_heads=1)
 
 
-@pytest.mark.parametrize("implementation", NAMES)
-def test_under_a_mesh_each_device_does_its_part(implementation):
-    arrays = inputs(9, 9, batch=4)
+@pytest.mark.parametrize(
+    "implementation,dim", [("pallas_tpu", 64), ("pallas_tpu", 128), ("xla", 64), ("reference", 64)]
+)
+def test_under_a_mesh_each_device_does_its_part(implementation, dim):
+    arrays = inputs(9, 9, batch=4, dim=dim)
     lengths = np.array([9, 0, 3, 8], np.int32)
     mask = kernels.Causal() & kernels.Lengths(jnp.asarray(lengths))
     visible = np.tril(np.ones((9, 9), bool)) & (np.arange(9) < lengths[:, None, None])
@@ -195,15 +213,16 @@ def test_under_a_mesh_each_device_does_its_part(implementation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", ["full", "causal & keys", "lengths", "causal & segments"])
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 def test_the_simulated_tpu_finds_no_race_no_stray_read_and_no_use_of_unwritten_memory(
-    mask, monkeypatch
+    kernel, mask, monkeypatch
 ):
     """Unwritten memory, output buffers included, holds NaN."""
-    monkeypatch.setattr(blocked_tpu, "BLOCK", 128)
+    cut(monkeypatch)
     arrays = inputs(150, 150, heads=2, key_heads=1, dim=128)
     simulated = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     attend = functools.partial(
-        blocked_tpu.attention, mask=mask_of(mask, 150, 150), interpret=simulated
+        kernel.attention, mask=mask_of(mask, 150, 150), interpret=simulated
     )
     check(computed(attend, *arrays), by_hand(*arrays, allowed(mask, 150, 150)), jnp.float32)
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
@@ -213,10 +232,28 @@ def test_the_simulated_tpu_finds_no_race_no_stray_read_and_no_use_of_unwritten_m
 
 @pytest.mark.parametrize("implementation", NAMES)
 def test_a_row_that_sees_nothing_gives_zeros_and_no_gradient(implementation):
-    mask = kernels.Keys(jnp.zeros((3, 5), bool))
-    attend = functools.partial(kernels.attention, mask=mask, implementation=implementation)
-    for result in computed(attend, *inputs(5, 5)):
+    attend = attention_by(implementation, kernels.Keys(jnp.zeros((3, 5), bool)))
+    for result in computed(attend, *inputs(5, 5, dim=128)):
         assert not result.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_the_compiler_takes_the_short_kernel_for_every_tpu(name):
+    with topology.opened(name) as devices:
+        mesh = sharding.make_mesh(devices=devices[:1])
+        place = jax.sharding.NamedSharding(mesh, P())
+        shapes = ((2, 176, 4, 128), jnp.bfloat16), ((2, 176), jnp.int32), ((2,), jnp.int32)
+        avals = [jax.ShapeDtypeStruct(*s, sharding=place) for s in shapes]
+
+        def loss(x, valid, mode):
+            mask = kernels.Middleware(96, mode) & kernels.Keys(valid)
+            return jnp.sum(kernels.attention(x, x, x, mask=mask).astype(jnp.float32))
+
+        with jax.set_mesh(mesh):
+            traced = jax.jit(jax.value_and_grad(loss)).trace(*avals)
+            text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
 
 
 def test_probabilities_sum_to_one_over_what_is_visible():
