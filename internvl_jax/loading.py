@@ -16,17 +16,17 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from internvl_jax import convert, models, serving
+from internvl_jax import convert, models, quantising, serving
 from internvl_jax.data import conversation, image
 from internvl_jax.data.tokenizer import Detokenizer, Tokenizer
 from internvl_jax.decoding import Decoding, Generated
 from internvl_jax.evals import captioning, chat
 from internvl_jax.evals.features import in_batches
 from internvl_jax.kernels import Causal, Keys
-from internvl_jax.models import ChatConfig, InternVLConfig, ModelConfig, bind, from_dict
+from internvl_jax.models import ChatConfig, InternVLConfig, ModelConfig, bind, from_dict, int8
 from internvl_jax.rules import flatten
 from internvl_jax.sharding import ambient_mesh, check_divisible, replicate
-from internvl_jax.train import pretrained
+from internvl_jax.train import pretrained, streaming
 
 _ASSETS = Path(__file__).parent / "assets" / "demo"
 # InternVL-G and the chat model that the embedded job trains, as they ship with the package.
@@ -297,7 +297,12 @@ class Model:
         return ids[:, : -(-used // 16) * 16]
 
 
-def load(source: str | os.PathLike, dtype: Any = None, mesh: Mesh | None = None) -> Model:
+def load(
+    source: str | os.PathLike,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    weights: str | None = None,
+) -> Model:
     """Load a checkpoint.
 
     Args:
@@ -308,11 +313,18 @@ def load(source: str | os.PathLike, dtype: Any = None, mesh: Mesh | None = None)
             float32 for the shipped ones.
         mesh: over which to shard the parameters (`sharding.make_mesh`); each device reads its part
             only. None: everything lies on the first device.
+        weights: "int8" holds matrices as whole numbers with a scale per output channel
+            (`models.int8`), made as they are read; adapters are folded in. For inference alone.
+            `dtype` is then that of the rest.
 
     Raises:
-        LoadError: nothing is there. CheckpointError, FileError, MappingError: what is there is
-            damaged or not what it seems. MeshError: the model does not divide over the mesh.
+        LoadError: nothing is there, or no such kind of weights. CheckpointError, FileError,
+        MappingError: what is there is damaged or not what it seems. MeshError: the model does not
+        divide over the mesh.
     """
+    if weights is not None and weights not in int8.KINDS:
+        known = ", ".join(int8.KINDS)
+        raise LoadError(f"weights {weights!r}: there are {known}, or None for floating point")
     shipped = SHIPPED.get(str(source))
     path = shipped or Path(source)
     if not path.exists():
@@ -322,27 +334,40 @@ def load(source: str | os.PathLike, dtype: Any = None, mesh: Mesh | None = None)
         )
     dtype = jnp.dtype(dtype or "float32") if dtype or shipped else None
     official = convert.holds_weights(path)
-    if official and mesh is not None:
-        check_divisible(convert.open_torch_layout(path).config, mesh)
-    with ambient_mesh(mesh):
-        if official:
-            config, params = convert.load_torch_layout(path, dtype)
-            return Model(config, params, _tokenizer_beside(path, config), {}, mesh)
+    if official:
+        config, experiment = convert.open_torch_layout(path).config, {}
+    else:
         experiment = pretrained.read_experiment(path)
         if not {"family", "class"} & set(experiment["model"]):
             raise LoadError(f"{path} does not name its model; use it through init_from of a config")
-        config, shardings = from_dict(experiment["model"]), None
-        if mesh is not None:
-            check_divisible(config, mesh)
-            shardings = flatten(models.shardings(config, mesh))
-        params, _ = pretrained.read_params(path, shardings, dtype)
-        if source == "demo-chat":  # stage 3 leaves the tower as it is, so it ships once
-            params["vit"] = load("demo", dtype, mesh).params["vit"]
+        config = from_dict(experiment["model"])
+    if mesh is not None:
+        check_divisible(config, mesh)
+    with ambient_mesh(mesh):
+        if weights is not None:
+            config, params = _quantised(path, config, dtype)
+        elif official:
+            config, params = convert.load_torch_layout(path, dtype)
+        else:
+            shardings = None if mesh is None else flatten(models.shardings(config, mesh))
+            params, _ = pretrained.read_params(path, shardings, dtype)
+    if source == "demo-chat":  # stage 3 leaves the tower as it is, so it ships once
+        params["vit"] = load("demo", dtype, mesh, weights).params["vit"]
     tokenizer = _tokenizer_beside(path, config)
     recorded = experiment.get("data", {}).get("tokenizer")
     if recorded is not None and not (path / "tokenizer.model").is_file():
         tokenizer = Tokenizer(recorded or None)
     return Model(config, params, tokenizer, experiment, mesh)
+
+
+def _quantised(path: Path, config: ModelConfig, dtype: Any) -> tuple[ModelConfig, dict[str, Any]]:
+    """(configuration without adapters, parameters) of a checkpoint of any kind, in int8."""
+    config = dataclasses.replace(config, lora=None)
+    if convert.holds_weights(path):
+        parameters = convert.open_torch_layout(path).leaves
+    else:
+        parameters, _ = streaming.open_params(path)
+    return config, quantising.read(parameters, flatten(models.abstract(config)), dtype)
 
 
 def _tokenizer_beside(path: Path, config: ModelConfig) -> Tokenizer | None:

@@ -36,6 +36,7 @@ ALLOWED = {
     "train": {"data", "evals", "losses", "models", "objectives", "rules", "sharding"},
     "plan": {"kernels", "models", "objectives", "rules", "sharding", "train"},
     "serving": {"decoding", "generate", "models", "sharding"},
+    "quantising": {"models", "rules"},
     "loading": {
         "convert",
         "data",
@@ -43,6 +44,7 @@ ALLOWED = {
         "evals",
         "kernels",
         "models",
+        "quantising",
         "rules",
         "serving",
         "sharding",

@@ -4,12 +4,13 @@ import argparse
 from pathlib import Path
 
 from internvl_jax import configuration
-from internvl_jax.commands import CHECKPOINT_HELP, CONFIG_HELP, Run
+from internvl_jax.commands import CHECKPOINT_HELP, CONFIG_HELP, WEIGHTS, Run
 
 
 def build(parser: argparse.ArgumentParser) -> Run:
     """Evaluate a checkpoint and print its figures beside the paper's."""
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
+    parser.add_argument("--weights", **WEIGHTS)
     parser.add_argument(
         "--evals",
         default="",
@@ -36,7 +37,7 @@ def build(parser: argparse.ArgumentParser) -> Run:
             evaluator.build({**{name: {} for name in names}, **chosen})
         except evaluator.EvaluatorError as error:
             raise configuration.ConfigError(str(error)) from error
-        model = loading.load(args.checkpoint)
+        model = loading.load(args.checkpoint, weights=args.weights)
         experiment = dict(own or model.experiment)
         if chosen:
             names = list(chosen)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from internvl_jax.commands import CHECKPOINT_HELP, Run
+from internvl_jax.commands import CHECKPOINT_HELP, WEIGHTS, Run
 
 
 def build(parser: argparse.ArgumentParser) -> Run:
@@ -17,6 +17,7 @@ def build(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--host", default="127.0.0.1", help="address; default: %(default)s")
     parser.add_argument("--port", type=int, default=8000, help="0 for any; default: %(default)s")
     parser.add_argument("--dtype", help="of the parameters, as bfloat16; default: as stored")
+    parser.add_argument("--weights", **WEIGHTS)
     limit = {"type": int, "metavar": "N", "help": "default: %(default)s"}
     parser.add_argument("--max_upload_mb", default=10, **limit)
     parser.add_argument("--max_megapixels", default=25, **limit)
@@ -50,7 +51,10 @@ def build(parser: argparse.ArgumentParser) -> Run:
         named = dict(_named(given) for given in args.checkpoint)
         if len(named) < len(args.checkpoint):
             raise ValueError("two checkpoints have the same name; give them as NAME=PATH")
-        models = {name: loading.load(path, args.dtype) for name, path in named.items()}
+        models = {
+            name: loading.load(path, args.dtype, weights=args.weights)
+            for name, path in named.items()
+        }
         print(f"serving {', '.join(models)}", flush=True)
         uvicorn.run(
             Server(models, limits).app,
