@@ -187,7 +187,7 @@ class Model:
         self, picture: Any, question: str, *, num_beams: int = 1, max_new_tokens: int = 40
     ) -> str:
         """The answer to a question about one image (Pillow image or uint8 [H, W, 3])."""
-        template = self._template()
+        template = self.chat_template
         with ambient_mesh(self.mesh):
             (answer,) = chat.write_answers(
                 self.config,
@@ -206,7 +206,7 @@ class Model:
 
         Raises LoadError where `chat` does.
         """
-        template = self._template()
+        template = self.chat_template
         return conversation.encode_chat(
             self._tokenizer(), template, rounds, self.config.tokens_per_image
         )[0]
@@ -255,14 +255,18 @@ class Model:
             yield text.push(token)
         yield text.end()
 
-    def _template(self) -> str:
-        """Name of the chat template of this checkpoint."""
+    @property
+    def chat_template(self) -> str:
+        """Name of the chat template of this checkpoint, from its run or its config.json.
+
+        Raises LoadError for what is no chat model.
+        """
         if not isinstance(self.config, ChatConfig):
             raise LoadError(
                 f"chat needs a chat checkpoint, not {_kind(self.config)}; "
                 'load the work directory of stage 3, or "demo-chat"'
             )
-        template = self.experiment.get("data", {}).get("template", "vicuna_v1")
+        template = self.experiment.get("data", {}).get("template", self.config.template)
         return "brief" if template == "plain" else template
 
     def _batched(self, step: Any, rows: np.ndarray) -> np.ndarray:
@@ -286,12 +290,20 @@ class Model:
         stop = (self._tokenizer().eos_id,)
         return Decoding(max_new_tokens=max_new_tokens, num_beams=num_beams, stop_ids=stop)
 
+    @property
+    def text_length(self) -> int:
+        """Tokens to which the text tower's inputs are cut."""
+        return self.experiment.get("data", {}).get("text_length", TEXT_LENGTH)
+
+    def text_ids(self, texts: Sequence[str]) -> np.ndarray:
+        """The text tower's inputs int32 [N, `text_length`], right-padded with 0."""
+        wrapped = [conversation.contrastive_text(text) for text in texts]
+        return self._tokenizer().encode_batch(wrapped, self.text_length)
+
     def _ids(self, texts: np.ndarray | Sequence[str]) -> np.ndarray:
         if not isinstance(texts, Sequence):
             return np.asarray(texts, np.int32)
-        tokenizer = self._tokenizer()
-        length = self.experiment.get("data", {}).get("text_length", TEXT_LENGTH)
-        ids = tokenizer.encode_batch([conversation.contrastive_text(t) for t in texts], length)
+        ids = self.text_ids(texts)
         # Padding changes no result; rounding it up keeps the number of compiled programs small.
         used = int((ids > 0).sum(axis=1).max(initial=1))
         return ids[:, : -(-used // 16) * 16]

@@ -28,9 +28,9 @@ def read(
 ) -> dict[str, Any]:
     """Nested dict of parameters on the devices, matrices as `Int8`.
 
-    Host memory holds one matrix as it is stored and one stack of them in int8. Adapters are folded
-    into their kernels first. Every process reads whole matrices, since a scale is that of a whole
-    channel, and keeps its devices' parts.
+    Host memory holds one matrix as it is stored (of a checkpoint of ours, the block that it lies
+    in) and one stack of them in int8. Adapters are folded into their kernels first. Every process
+    reads whole matrices, since a scale is that of a whole channel, and keeps its devices' parts.
 
     parameters: {path: parameter}, with adapters or without. shapes: {path: shape} without adapters,
     under a mesh with shardings. dtype: of what stays in floating point; None keeps what is stored.
@@ -56,8 +56,20 @@ def _quantised(
     axis = channel_axis(path)
     values = np.empty((*stacked, rows, columns), np.int8)
     scale = np.empty((*stacked, *((1, columns) if axis == -2 else (rows, 1))), np.float32)
+    stem = path.removesuffix("/kernel")
+    names = [f"{stem}/{name}" for name in ("lora_a", "lora_b")]
+    adapter = None
+    if names[0] in parameters:
+        adapter = [parameters[name].read().astype(np.float32) for name in names]
     for layer in range(stacked[0]) if stacked else (None,):
-        matrix = _matrix(path, parameters, layer)
+        if layer is None:
+            matrix = parameters[path].read()
+        else:
+            one = (slice(layer, layer + 1), slice(None), slice(None))
+            matrix = parameters[path].read(one)[0]
+        if adapter is not None:
+            a, b = adapter if layer is None else (part[layer] for part in adapter)
+            matrix = matrix.astype(np.float32) + lora.SCALE * (a @ b)
         into, scales = (a if layer is None else a[layer] for a in (values, scale))
         channels = matrix.shape[1] if axis == -2 else matrix.shape[0]
         step = max(_BLOCK * channels // matrix.size, 1)
@@ -66,21 +78,6 @@ def _quantised(
             part = (slice(None), part) if axis == -2 else (part,)
             into[part], scales[part] = quantise(matrix[part], axis)
     return values, scale
-
-
-def _matrix(path: str, parameters: Mapping[str, Parameter], layer: int | None) -> np.ndarray:
-    """One matrix as it is stored, or with its adapter folded in."""
-
-    def one(name: str) -> np.ndarray:
-        if layer is None:
-            return parameters[name].read()
-        return parameters[name].read((slice(layer, layer + 1), slice(None), slice(None)))[0]
-
-    kernel, stem = one(path), path.removesuffix("/kernel")
-    if f"{stem}/lora_a" not in parameters:
-        return kernel
-    a, b = (one(f"{stem}/{name}").astype(np.float32) for name in ("lora_a", "lora_b"))
-    return kernel.astype(np.float32) + lora.SCALE * (a @ b)
 
 
 def _put(array: np.ndarray, place: jax.ShapeDtypeStruct) -> jax.Array:

@@ -36,6 +36,7 @@ ALLOWED = {
     "train": {"data", "evals", "losses", "models", "objectives", "rules", "sharding"},
     "plan": {"kernels", "models", "objectives", "rules", "sharding", "train"},
     "serving": {"decoding", "generate", "models", "sharding"},
+    "slots": {"models", "serving"},
     "quantising": {"models", "rules"},
     "loading": {
         "convert",
@@ -51,7 +52,7 @@ ALLOWED = {
         "train",
     },
     "adapters": {"data", "loading", "models", "sharding"},
-    "server": {"data", "loading", "models", "serving"},
+    "server": {"data", "loading", "models", "serving", "slots"},
     "conversion": {"convert", "models", "train"},
     "configuration": {"data", "evals", "models", "objectives"},
 }
