@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from internvl_jax import convert, models, quantising, serving
-from internvl_jax.data import conversation, image
+from internvl_jax.data import conversation, image, templates
+from internvl_jax.data.chat_tokenizer import ChatTokenizer, holds_tokenizer
 from internvl_jax.data.tokenizer import Detokenizer, Tokenizer
 from internvl_jax.decoding import Decoding, Generated
 from internvl_jax.evals import captioning, chat
@@ -76,7 +77,7 @@ class Model:
 
     config: ModelConfig
     params: dict[str, Any]
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | ChatTokenizer | None
     experiment: Mapping[str, Any]
     mesh: Mesh | None = None
 
@@ -278,11 +279,12 @@ class Model:
             raise LoadError(f"{what} needs an InternVL-C or -G, not {_kind(self.config)}")
         return self.config
 
-    def _tokenizer(self) -> Tokenizer:
+    def _tokenizer(self) -> Tokenizer | ChatTokenizer:
         if self.tokenizer is None:
             raise LoadError(
-                "the checkpoint came without its tokenizer.model; put that file beside the "
-                "weights, or pass token ids"
+                "the checkpoint came without its tokenizer.model (of newer chat models "
+                "tokenizer.json, or vocab.json and merges.txt); put it beside the weights, or pass "
+                "token ids"
             )
         return self.tokenizer
 
@@ -382,9 +384,13 @@ def _quantised(path: Path, config: ModelConfig, dtype: Any) -> tuple[ModelConfig
     return config, quantising.read(parameters, flatten(models.abstract(config)), dtype)
 
 
-def _tokenizer_beside(path: Path, config: ModelConfig) -> Tokenizer | None:
-    """The tokenizer.model next to official weights; else this package's, if the sizes agree."""
-    beside = (path if path.is_dir() else path.parent) / "tokenizer.model"
+def _tokenizer_beside(path: Path, config: ModelConfig) -> Tokenizer | ChatTokenizer | None:
+    """The tokenizer next to official weights; else this package's, if the sizes agree."""
+    folder = path if path.is_dir() else path.parent
+    layout = templates.TEMPLATES.get(getattr(config, "template", "plain"))
+    if layout is not None and layout.end.strip() != "</s>":  # special tokens around turns
+        return ChatTokenizer(folder, layout) if holds_tokenizer(folder) else None
+    beside = folder / "tokenizer.model"
     if beside.is_file():
         return Tokenizer(beside)
     own = Tokenizer()

@@ -62,15 +62,18 @@ def build(parser: argparse.ArgumentParser) -> Run:
             name: loading.load(path, args.dtype, weights=args.weights)
             for name, path in named.items()
         }
+        for name, model in models.items():
+            talks = isinstance(model.config, ChatConfig)
+            what = f"chat, template {model.chat_template}" if talks else "embeddings"
+            if talks:
+                model.chat_prompt([("", None)])  # says at once what is missing for a conversation
+            print(f"{name}: {what}", flush=True)
         server = Server(models, limits)
         if not args.skip_warm_up:
             began = time.monotonic()
             for number, what in enumerate(server.warm(), 1):
                 print(f"{time.monotonic() - began:5.0f} s  program {number}: {what}", flush=True)
-        for name, model in models.items():
-            talks = isinstance(model.config, ChatConfig)
-            what = f"chat, template {model.chat_template}" if talks else "embeddings"
-            print(f"serving {name}: {what}", flush=True)
+        print(f"serving {', '.join(models)}", flush=True)
         uvicorn.run(
             server.app,
             host=args.host,
