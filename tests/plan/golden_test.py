@@ -3,7 +3,7 @@
 import json
 
 from internvl_jax import configuration
-from scripts import make_plans
+from scripts import make_inference_plans, make_plans
 
 
 def test_every_recorded_plan_fits_with_room_to_spare():
@@ -32,3 +32,15 @@ def test_settings_name_real_config_keys():
     for name in make_plans.names()[1:]:
         config = configuration.load(*make_plans.settings(*name.split()))
         assert config.batch_size in (163_840, 20_480, 512)
+
+
+def test_recorded_calls_of_inference_are_those_of_the_table():
+    plans = json.loads(make_inference_plans.FILE.read_text(encoding="utf-8"))["plans"]
+    assert list(plans) == list(make_inference_plans.ROWS)
+    for name, record in plans.items():
+        assert record["command"] == make_inference_plans.command(name)
+        assert record["plan"]["topology"] == make_inference_plans.TOPOLOGY
+    for page in ("docs/serving.md", "launch/colab/quickstart.ipynb"):
+        text = (make_plans.FOLDER.parent / page).read_text(encoding="utf-8")
+        for line in make_inference_plans.table(plans).splitlines():
+            assert line in text, f"{page} lacks {line}"
