@@ -34,13 +34,11 @@ def test_settings_name_real_config_keys():
         assert config.batch_size in (163_840, 20_480, 512)
 
 
-def test_recorded_calls_of_inference_are_those_of_the_table():
-    plans = json.loads(make_inference_plans.FILE.read_text(encoding="utf-8"))["plans"]
-    assert list(plans) == list(make_inference_plans.ROWS)
-    for name, record in plans.items():
-        assert record["command"] == make_inference_plans.command(name)
-        assert record["plan"]["topology"] == make_inference_plans.TOPOLOGY
-    for page in ("docs/serving.md", "launch/colab/quickstart.ipynb"):
-        text = (make_plans.FOLDER.parent / page).read_text(encoding="utf-8")
-        for line in make_inference_plans.table(plans).splitlines():
-            assert line in text, f"{page} lacks {line}"
+def test_calls_of_inference_name_real_config_keys_and_records_are_theirs():
+    for name, (_, mode, _, (config, overrides)) in make_inference_plans.ROWS.items():
+        loaded = configuration.load(config, [(k, str(v)) for k, v in overrides.items()])
+        assert loaded.mesh.fsdp == 1 and f"--inference={mode}" in make_inference_plans.command(name)
+    if make_inference_plans.FILE.exists():
+        recorded = json.loads(make_inference_plans.FILE.read_text(encoding="utf-8"))["plans"]
+        for name, record in recorded.items():
+            assert record["command"] == make_inference_plans.command(name)
