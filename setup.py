@@ -39,7 +39,8 @@ CURATE = ["apache-beam>=2.70", "datasketch>=1.6", "pyarrow>=18"]
 EVAL = ["pycocoevalcap>=1.2", "scikit-learn>=1.5"]  # CIDEr; linear probes
 DEMO = [*EVAL, "jinja2>=3.1"]  # scikit-learn also ships the handwritten digits; the report
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
-SERVE = ["starlette>=0.46", "uvicorn>=0.34"]  # the HTTP server
+# The HTTP server; byte-level tokenizers of newer chat models
+SERVE = ["starlette>=0.46", "tokenizers>=0.21", "uvicorn>=0.34"]
 DEV = [
     "openai>=2",  # the client that the server is tested with
     "pytest>=8",

@@ -16,17 +16,18 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from internvl_jax import convert, models, serving
-from internvl_jax.data import conversation, image
+from internvl_jax import convert, models, quantising, serving
+from internvl_jax.data import conversation, image, templates
+from internvl_jax.data.chat_tokenizer import ChatTokenizer, holds_tokenizer
 from internvl_jax.data.tokenizer import Detokenizer, Tokenizer
 from internvl_jax.decoding import Decoding, Generated
 from internvl_jax.evals import captioning, chat
 from internvl_jax.evals.features import in_batches
 from internvl_jax.kernels import Causal, Keys
-from internvl_jax.models import ChatConfig, InternVLConfig, ModelConfig, bind, from_dict
+from internvl_jax.models import ChatConfig, InternVLConfig, ModelConfig, bind, from_dict, int8
 from internvl_jax.rules import flatten
 from internvl_jax.sharding import ambient_mesh, check_divisible, replicate
-from internvl_jax.train import pretrained
+from internvl_jax.train import pretrained, streaming
 
 _ASSETS = Path(__file__).parent / "assets" / "demo"
 # InternVL-G and the chat model that the embedded job trains, as they ship with the package.
@@ -76,7 +77,7 @@ class Model:
 
     config: ModelConfig
     params: dict[str, Any]
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | ChatTokenizer | None
     experiment: Mapping[str, Any]
     mesh: Mesh | None = None
 
@@ -187,7 +188,7 @@ class Model:
         self, picture: Any, question: str, *, num_beams: int = 1, max_new_tokens: int = 40
     ) -> str:
         """The answer to a question about one image (Pillow image or uint8 [H, W, 3])."""
-        template = self._template()
+        template = self.chat_template
         with ambient_mesh(self.mesh):
             (answer,) = chat.write_answers(
                 self.config,
@@ -206,7 +207,7 @@ class Model:
 
         Raises LoadError where `chat` does.
         """
-        template = self._template()
+        template = self.chat_template
         return conversation.encode_chat(
             self._tokenizer(), template, rounds, self.config.tokens_per_image
         )[0]
@@ -255,14 +256,18 @@ class Model:
             yield text.push(token)
         yield text.end()
 
-    def _template(self) -> str:
-        """Name of the chat template of this checkpoint."""
+    @property
+    def chat_template(self) -> str:
+        """Name of the chat template of this checkpoint, from its run or its config.json.
+
+        Raises LoadError for what is no chat model.
+        """
         if not isinstance(self.config, ChatConfig):
             raise LoadError(
                 f"chat needs a chat checkpoint, not {_kind(self.config)}; "
                 'load the work directory of stage 3, or "demo-chat"'
             )
-        template = self.experiment.get("data", {}).get("template", "vicuna_v1")
+        template = self.experiment.get("data", {}).get("template", self.config.template)
         return "brief" if template == "plain" else template
 
     def _batched(self, step: Any, rows: np.ndarray) -> np.ndarray:
@@ -274,11 +279,12 @@ class Model:
             raise LoadError(f"{what} needs an InternVL-C or -G, not {_kind(self.config)}")
         return self.config
 
-    def _tokenizer(self) -> Tokenizer:
+    def _tokenizer(self) -> Tokenizer | ChatTokenizer:
         if self.tokenizer is None:
             raise LoadError(
-                "the checkpoint came without its tokenizer.model; put that file beside the "
-                "weights, or pass token ids"
+                "the checkpoint came without its tokenizer.model (of newer chat models "
+                "tokenizer.json, or vocab.json and merges.txt); put it beside the weights, or pass "
+                "token ids"
             )
         return self.tokenizer
 
@@ -286,18 +292,31 @@ class Model:
         stop = (self._tokenizer().eos_id,)
         return Decoding(max_new_tokens=max_new_tokens, num_beams=num_beams, stop_ids=stop)
 
+    @property
+    def text_length(self) -> int:
+        """Tokens to which the text tower's inputs are cut."""
+        return self.experiment.get("data", {}).get("text_length", TEXT_LENGTH)
+
+    def text_ids(self, texts: Sequence[str]) -> np.ndarray:
+        """The text tower's inputs int32 [N, `text_length`], right-padded with 0."""
+        wrapped = [conversation.contrastive_text(text) for text in texts]
+        return self._tokenizer().encode_batch(wrapped, self.text_length)
+
     def _ids(self, texts: np.ndarray | Sequence[str]) -> np.ndarray:
         if not isinstance(texts, Sequence):
             return np.asarray(texts, np.int32)
-        tokenizer = self._tokenizer()
-        length = self.experiment.get("data", {}).get("text_length", TEXT_LENGTH)
-        ids = tokenizer.encode_batch([conversation.contrastive_text(t) for t in texts], length)
+        ids = self.text_ids(texts)
         # Padding changes no result; rounding it up keeps the number of compiled programs small.
         used = int((ids > 0).sum(axis=1).max(initial=1))
         return ids[:, : -(-used // 16) * 16]
 
 
-def load(source: str | os.PathLike, dtype: Any = None, mesh: Mesh | None = None) -> Model:
+def load(
+    source: str | os.PathLike,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    weights: str | None = None,
+) -> Model:
     """Load a checkpoint.
 
     Args:
@@ -308,11 +327,18 @@ def load(source: str | os.PathLike, dtype: Any = None, mesh: Mesh | None = None)
             float32 for the shipped ones.
         mesh: over which to shard the parameters (`sharding.make_mesh`); each device reads its part
             only. None: everything lies on the first device.
+        weights: "int8" holds matrices as whole numbers with a scale per output channel
+            (`models.int8`), made as they are read; adapters are folded in. For inference alone.
+            `dtype` is then that of the rest.
 
     Raises:
-        LoadError: nothing is there. CheckpointError, FileError, MappingError: what is there is
-            damaged or not what it seems. MeshError: the model does not divide over the mesh.
+        LoadError: nothing is there, or no such kind of weights. CheckpointError, FileError,
+        MappingError: what is there is damaged or not what it seems. MeshError: the model does not
+        divide over the mesh.
     """
+    if weights is not None and weights not in int8.KINDS:
+        known = ", ".join(int8.KINDS)
+        raise LoadError(f"weights {weights!r}: there are {known}, or None for floating point")
     shipped = SHIPPED.get(str(source))
     path = shipped or Path(source)
     if not path.exists():
@@ -322,22 +348,25 @@ def load(source: str | os.PathLike, dtype: Any = None, mesh: Mesh | None = None)
         )
     dtype = jnp.dtype(dtype or "float32") if dtype or shipped else None
     official = convert.holds_weights(path)
-    if official and mesh is not None:
-        check_divisible(convert.open_torch_layout(path).config, mesh)
-    with ambient_mesh(mesh):
-        if official:
-            config, params = convert.load_torch_layout(path, dtype)
-            return Model(config, params, _tokenizer_beside(path, config), {}, mesh)
+    if official:
+        config, experiment = convert.open_torch_layout(path).config, {}
+    else:
         experiment = pretrained.read_experiment(path)
         if not {"family", "class"} & set(experiment["model"]):
             raise LoadError(f"{path} does not name its model; use it through init_from of a config")
-        config, shardings = from_dict(experiment["model"]), None
-        if mesh is not None:
-            check_divisible(config, mesh)
-            shardings = flatten(models.shardings(config, mesh))
-        params, _ = pretrained.read_params(path, shardings, dtype)
-        if source == "demo-chat":  # stage 3 leaves the tower as it is, so it ships once
-            params["vit"] = load("demo", dtype, mesh).params["vit"]
+        config = from_dict(experiment["model"])
+    if mesh is not None:
+        check_divisible(config, mesh)
+    with ambient_mesh(mesh):
+        if weights is not None:
+            config, params = _quantised(path, config, dtype)
+        elif official:
+            config, params = convert.load_torch_layout(path, dtype)
+        else:
+            shardings = None if mesh is None else flatten(models.shardings(config, mesh))
+            params, _ = pretrained.read_params(path, shardings, dtype)
+    if source == "demo-chat":  # stage 3 leaves the tower as it is, so it ships once
+        params["vit"] = load("demo", dtype, mesh, weights).params["vit"]
     tokenizer = _tokenizer_beside(path, config)
     recorded = experiment.get("data", {}).get("tokenizer")
     if recorded is not None and not (path / "tokenizer.model").is_file():
@@ -345,9 +374,23 @@ def load(source: str | os.PathLike, dtype: Any = None, mesh: Mesh | None = None)
     return Model(config, params, tokenizer, experiment, mesh)
 
 
-def _tokenizer_beside(path: Path, config: ModelConfig) -> Tokenizer | None:
-    """The tokenizer.model next to official weights; else this package's, if the sizes agree."""
-    beside = (path if path.is_dir() else path.parent) / "tokenizer.model"
+def _quantised(path: Path, config: ModelConfig, dtype: Any) -> tuple[ModelConfig, dict[str, Any]]:
+    """(configuration without adapters, parameters) of a checkpoint of any kind, in int8."""
+    config = dataclasses.replace(config, lora=None)
+    if convert.holds_weights(path):
+        parameters = convert.open_torch_layout(path).leaves
+    else:
+        parameters, _ = streaming.open_params(path)
+    return config, quantising.read(parameters, flatten(models.abstract(config)), dtype)
+
+
+def _tokenizer_beside(path: Path, config: ModelConfig) -> Tokenizer | ChatTokenizer | None:
+    """The tokenizer next to official weights; else this package's, if the sizes agree."""
+    folder = path if path.is_dir() else path.parent
+    layout = templates.TEMPLATES.get(getattr(config, "template", "plain"))
+    if layout is not None and layout.end.strip() != "</s>":  # special tokens around turns
+        return ChatTokenizer(folder, layout) if holds_tokenizer(folder) else None
+    beside = folder / "tokenizer.model"
     if beside.is_file():
         return Tokenizer(beside)
     own = Tokenizer()

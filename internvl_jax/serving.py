@@ -115,10 +115,13 @@ def stream(
     rows = [*sampling, *[sampling[-1]] * (len(ids) - len(prompts))]
     temperature, top_p = (np.float32(column) for column in list(zip(*rows, strict=True))[:2])
     seeds = np.uint32([row.seed & 0xFFFFFFFF for row in rows])
-    ids, valid, pixels, *settings = place_batch((ids, valid, pixels, temperature, top_p, seeds))
+    zeros = np.zeros(len(ids), np.int32)
+    ids, valid, pixels, zeros, *settings = place_batch(
+        (ids, valid, pixels, zeros, temperature, top_p, seeds)
+    )
     room = ids.shape[1] + bucket(max_new_tokens)
     logits, cache = _prefill(params, ids, pixels, valid, config=config, room=room)
-    token = _choose(logits, np.int32(0), *settings)
+    token = choose(logits, zeros, *settings)
     for step in range(1, max_new_tokens):
         # The device chooses the next token while the reader looks at this one.
         following, cache = _advance(params, token, cache, np.int32(step), *settings, config=config)
@@ -130,12 +133,16 @@ def stream(
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def _advance(params, token, cache, step, temperature, top_p, seeds, *, config: ModelConfig):
     logits, cache = bind(config, params).decode(token, cache)
-    return _choose(logits, step, temperature, top_p, seeds), cache
+    steps = 0 * token + step  # laid over the mesh as the tokens are
+    return choose(logits, steps, temperature, top_p, seeds), cache
 
 
 @jax.jit
-def _choose(logits, step, temperature, top_p, seeds) -> jax.Array:
-    """Next id of each row, [B, V] → [B]: `generate`'s rule, with settings [B] that are data."""
+def choose(logits, steps, temperature, top_p, seeds) -> jax.Array:
+    """Next id of each row, [B, V] → [B]: `generate`'s rule, with settings [B] that are data.
+
+    steps: how many ids the row has chosen before, [B].
+    """
 
     def sampled(logits: jax.Array) -> jax.Array:
         scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
@@ -145,11 +152,11 @@ def _choose(logits, step, temperature, top_p, seeds) -> jax.Array:
         kept = (above < top_p[:, None]) | (top_p >= 1.0)[:, None]
         lowest = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
 
-        def noise(seed: jax.Array) -> jax.Array:
+        def noise(seed: jax.Array, step: jax.Array) -> jax.Array:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 0)
             return jax.random.gumbel(key, logits.shape[1:])
 
-        draws = jnp.where(scaled < lowest, -jnp.inf, scaled) + jax.vmap(noise)(seeds)
+        draws = jnp.where(scaled < lowest, -jnp.inf, scaled) + jax.vmap(noise)(seeds, steps)
         return jnp.argmax(jnp.where((temperature > 0)[:, None], draws, logits), axis=-1)
 
     def greedy(logits: jax.Array) -> jax.Array:

@@ -113,6 +113,12 @@ def replicate(array: jax.Array) -> jax.Array:
     return array if jax.sharding.get_abstract_mesh().empty else jax.reshard(array, P())
 
 
+def reshard(array: jax.Array, *logical: str | None) -> jax.Array:
+    """An array laid over the current mesh as the logical names of its axes say."""
+    out = spec(*logical)
+    return array if out is None else jax.reshard(array, out)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of a batch: the leading axis over replica and fsdp."""
     return NamedSharding(mesh, P(LOGICAL_AXES["batch"]))

@@ -1,5 +1,6 @@
 """The façade: checkpoints of every kind, and results equal to those of the modules."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from PIL import Image
 
 import internvl_jax
@@ -166,6 +168,30 @@ def test_official_weights_give_the_same_model(model, checkpoints):
         official.encode_image(PIXELS, "g"), model.encode_image(PIXELS, "g"), atol=2e-5
     )
     np.testing.assert_allclose(official.encode_text(TEXTS), model.encode_text(TEXTS), atol=2e-5)
+
+
+def test_official_chat_weights_talk_in_the_template_of_their_config(tmp_path):
+    """With byte-level tokens, and Qwen2's special ones beside them."""
+    config = from_dict(
+        {"family": "chat", "size": "tiny", "projector": "pixel_shuffle", "template": "internvl2_5"}
+    )
+    convert.export(create(config, jax.random.key(3)), config, tmp_path / "chat", layout="chat")
+    with pytest.raises(LoadError, match="came without"):
+        internvl_jax.load(tmp_path / "chat").chat_prompt([("hello", None)])
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {letter: number for number, letter in enumerate(sorted(letters))}
+    added = {t: 256 + n for n, t in enumerate(("<|im_start|>", "<|im_end|>", "<img>", "</img>"))}
+    for name, content in (("vocab.json", vocabulary), ("added_tokens.json", added)):
+        (tmp_path / "chat" / name).write_text(json.dumps(content))
+    (tmp_path / "chat" / "merges.txt").write_text("#version: 0.2\n")
+    model = internvl_jax.load(tmp_path / "chat")
+    assert model.chat_template == "internvl2_5"
+    prompt = model.chat_prompt([("<image>\nwhat is it?", None)])
+    assert (prompt.count(-200), prompt.count(256), prompt.count(257)) == (4, 3, 2)
+    pieces = list(model.reply([("<image>\nwhat is it?", None)], PIXELS[:1], max_new_tokens=5))
+    found = model.generate([prompt], [PIXELS[0]], max_new_tokens=5)
+    ids = found.ids[0, 0, : found.length[0, 0]]
+    assert "".join(pieces).strip() == model.tokenizer.decode(ids).strip() != ""
 
 
 def test_the_shipped_demo_has_learnt():

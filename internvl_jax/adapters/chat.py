@@ -32,8 +32,7 @@ class Chat:
             raise loading.LoadError(f"{source} is not a chat checkpoint")
         if self.model.tokenizer is None:
             raise loading.LoadError(f"{source} came without its tokenizer.model")
-        template = self.model.experiment.get("data", {}).get("template", "vicuna_v1")
-        self.template = "brief" if template == "plain" else template
+        self.template = self.model.chat_template
 
     def _pixels(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         size = self.model.config.input_size

@@ -12,3 +12,8 @@ Run = Callable[[argparse.Namespace], None]
 
 CONFIG_HELP = "config file or shipped name, with an optional :argument (stage1_contrastive:tiny)"
 CHECKPOINT_HELP = 'work directory or step of a run, official weights, or "demo"'
+# Of `--weights`.
+WEIGHTS = {
+    "choices": ("int8",),
+    "help": "hold matrices in int8 with a scale per output channel; default: floating point",
+}

@@ -4,7 +4,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from internvl_jax.commands import CHECKPOINT_HELP, Run
+from internvl_jax.commands import CHECKPOINT_HELP, WEIGHTS, Run
 
 HELP = "/image PATH adds a picture to the next question, /reset starts over, /exit leaves"
 
@@ -13,6 +13,7 @@ def build(parser: argparse.ArgumentParser) -> Run:
     """Talk with a chat model about pictures, in several turns."""
     what = CHECKPOINT_HELP.replace("demo", "demo-chat")
     parser.add_argument("--checkpoint", required=True, help=what)
+    parser.add_argument("--weights", **WEIGHTS)
     parser.add_argument("--image", action="append", default=[], help="a picture; may be repeated")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest words")
@@ -25,7 +26,7 @@ def build(parser: argparse.ArgumentParser) -> Run:
         if args.max_new_tokens < 1 or not 0 <= args.temperature < 100:
             raise ValueError("--max_new_tokens is at least 1 and --temperature at least 0")
         waiting = [image.read(path) for path in args.image]
-        model = loading.load(args.checkpoint)
+        model = loading.load(args.checkpoint, weights=args.weights)
         model.chat_prompt([("", None)])  # says at once what is no chat model
         print(HELP)
         _converse(model, waiting, args)

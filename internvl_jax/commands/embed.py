@@ -3,12 +3,13 @@
 import argparse
 from pathlib import Path
 
-from internvl_jax.commands import CHECKPOINT_HELP, Run
+from internvl_jax.commands import CHECKPOINT_HELP, WEIGHTS, Run
 
 
 def build(parser: argparse.ArgumentParser) -> Run:
     """Write image and text features of a data source to disk; resumable."""
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
+    parser.add_argument("--weights", **WEIGHTS)
     parser.add_argument("--source", required=True, help="scenes/test, digits, jsonl:PATH, …")
     parser.add_argument("--output", required=True, help="folder of the shards")
     parser.add_argument("--mode", default="c", help="InternVL-C or -G; default: %(default)s")
@@ -23,7 +24,7 @@ def build(parser: argparse.ArgumentParser) -> Run:
         from internvl_jax.data import sources
         from internvl_jax.evals import embed
 
-        model = loading.load(args.checkpoint)
+        model = loading.load(args.checkpoint, weights=args.weights)
         if not hasattr(model.config, "embed_dim"):
             raise loading.LoadError(f"embed needs an InternVL-C or -G, not {args.checkpoint}")
         source = sources.open_source(args.source, model.config.vit.image_size)
@@ -41,7 +42,10 @@ def build(parser: argparse.ArgumentParser) -> Run:
             dtype=args.dtype,
             shard_size=args.shard_size,
             batch_size=args.batch_size,
-            identity={"checkpoint": str(args.checkpoint)},
+            identity={
+                "checkpoint": str(args.checkpoint),
+                **({"weights": args.weights} if args.weights else {}),
+            },
         )
         print(f"{len(source)} rows in {output}, {written} shards written now")
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from internvl_jax import configuration
-from internvl_jax.commands import CHECKPOINT_HELP, CONFIG_HELP, Run
+from internvl_jax.commands import CHECKPOINT_HELP, CONFIG_HELP, WEIGHTS, Run
 
 
 def build(parser: argparse.ArgumentParser) -> Run:
@@ -16,6 +16,7 @@ def build(parser: argparse.ArgumentParser) -> Run:
         metavar="SET:FILE",
         help="answers of a dialogue benchmark or captions (gqa:answers.json); comma-separated",
     )
+    parser.add_argument("--weights", **WEIGHTS)
     parser.add_argument(
         "--evals",
         default="",
@@ -49,7 +50,7 @@ def build(parser: argparse.ArgumentParser) -> Run:
 
 def _predicted(args: argparse.Namespace) -> tuple[dict[str, float], dict]:
     """Figures of the answers, and what must be said of them."""
-    given = [flag for flag in ("evals", "config", "table") if getattr(args, flag)]
+    given = [flag for flag in ("evals", "config", "table", "weights") if getattr(args, flag)]
     if given:
         raise configuration.ConfigError(f"--{given[0]} is for a model, not for --predictions")
     from internvl_jax.evals import predictions, scores
@@ -77,7 +78,7 @@ def _evaluated(args: argparse.Namespace) -> tuple[dict[str, float], dict, str]:
         evaluator.build({**{name: {} for name in names}, **chosen})
     except evaluator.EvaluatorError as error:
         raise configuration.ConfigError(str(error)) from error
-    model = loading.load(args.checkpoint)
+    model = loading.load(args.checkpoint, weights=args.weights)
     experiment = dict(own or model.experiment)
     if chosen:
         names = names or list(chosen)

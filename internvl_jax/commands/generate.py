@@ -2,12 +2,13 @@
 
 import argparse
 
-from internvl_jax.commands import CHECKPOINT_HELP, Run
+from internvl_jax.commands import CHECKPOINT_HELP, WEIGHTS, Run
 
 
 def build(parser: argparse.ArgumentParser) -> Run:
     """Describe an image, or answer a question about it."""
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
+    parser.add_argument("--weights", **WEIGHTS)
     parser.add_argument("--image", required=True, help="an image file")
     parser.add_argument("--question", help="ask this of a chat model instead of a caption")
     parser.add_argument("--language", default="en", help="of the caption; default: %(default)s")
@@ -17,7 +18,7 @@ def build(parser: argparse.ArgumentParser) -> Run:
         from internvl_jax.data import image
 
         picture = image.read(args.image)
-        model = loading.load(args.checkpoint)
+        model = loading.load(args.checkpoint, weights=args.weights)
         if args.question:
             print(model.chat(picture, args.question))
         else:

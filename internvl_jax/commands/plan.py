@@ -5,7 +5,7 @@ import json
 import os
 
 from internvl_jax import configuration
-from internvl_jax.commands import CONFIG_HELP, Run
+from internvl_jax.commands import CONFIG_HELP, WEIGHTS, Run
 
 
 def build(parser: argparse.ArgumentParser) -> Run:
@@ -14,6 +14,7 @@ def build(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--config", required=True, help=CONFIG_HELP)
     parser.add_argument("--topology", required=True, help="chip and slice, as v5e:16x16")
     parser.add_argument("--inference", choices=modes, help="plan this call, not the train step")
+    parser.add_argument("--weights", **WEIGHTS)
     parser.add_argument(
         "--suggest", action="store_true", help="rank meshes, chunk counts and remat policies"
     )
@@ -24,6 +25,8 @@ def build(parser: argparse.ArgumentParser) -> Run:
         from internvl_jax.plan import chips
 
         chips.parse(args.topology)  # before anything is loaded
+        if args.weights and not args.inference:
+            raise configuration.ConfigError("--weights stands with --inference: training is float")
         config = configuration.load(args.config, args.overrides)
         os.environ["JAX_PLATFORMS"] = "cpu"  # the pod's devices exist only in the compiler
         from internvl_jax.plan import plan, suggest
@@ -36,7 +39,9 @@ def build(parser: argparse.ArgumentParser) -> Run:
                 print(f"\n{candidate.flags}\n{confirmed}")
             answer = found[0][1]
         else:
-            answer = plan.make(config, args.topology, args.dump, args.inference)
+            answer = plan.make(
+                config, args.topology, args.dump, args.inference, args.weights
+            )
             print(answer)
         if args.json:
             print(json.dumps(answer.to_dict()))

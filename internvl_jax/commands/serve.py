@@ -1,9 +1,10 @@
 """`internvl-jax serve`: an OpenAI-compatible HTTP server."""
 
 import argparse
+import time
 from pathlib import Path
 
-from internvl_jax.commands import CHECKPOINT_HELP, Run
+from internvl_jax.commands import CHECKPOINT_HELP, WEIGHTS, Run
 
 
 def build(parser: argparse.ArgumentParser) -> Run:
@@ -17,6 +18,12 @@ def build(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--host", default="127.0.0.1", help="address; default: %(default)s")
     parser.add_argument("--port", type=int, default=8000, help="0 for any; default: %(default)s")
     parser.add_argument("--dtype", help="of the parameters, as bfloat16; default: as stored")
+    parser.add_argument("--weights", **WEIGHTS)
+    parser.add_argument(
+        "--skip_warm_up",
+        action="store_true",
+        help="answer at once, and compile a program when a request first needs it",
+    )
     limit = {"type": int, "metavar": "N", "help": "default: %(default)s"}
     parser.add_argument("--max_upload_mb", default=10, **limit)
     parser.add_argument("--max_megapixels", default=25, **limit)
@@ -32,6 +39,7 @@ def build(parser: argparse.ArgumentParser) -> Run:
         except ImportError:
             raise ImportError("serve needs the extra: pip install 'internvl-jax[serve]'") from None
         from internvl_jax import loading
+        from internvl_jax.models import ChatConfig
         from internvl_jax.server.app import Server
         from internvl_jax.server.requests import Limits
 
@@ -50,10 +58,24 @@ def build(parser: argparse.ArgumentParser) -> Run:
         named = dict(_named(given) for given in args.checkpoint)
         if len(named) < len(args.checkpoint):
             raise ValueError("two checkpoints have the same name; give them as NAME=PATH")
-        models = {name: loading.load(path, args.dtype) for name, path in named.items()}
+        models = {
+            name: loading.load(path, args.dtype, weights=args.weights)
+            for name, path in named.items()
+        }
+        for name, model in models.items():
+            talks = isinstance(model.config, ChatConfig)
+            what = f"chat, template {model.chat_template}" if talks else "embeddings"
+            if talks:
+                model.chat_prompt([("", None)])  # says at once what is missing for a conversation
+            print(f"{name}: {what}", flush=True)
+        server = Server(models, limits)
+        if not args.skip_warm_up:
+            began = time.monotonic()
+            for number, what in enumerate(server.warm(), 1):
+                print(f"{time.monotonic() - began:5.0f} s  program {number}: {what}", flush=True)
         print(f"serving {', '.join(models)}", flush=True)
         uvicorn.run(
-            Server(models, limits).app,
+            server.app,
             host=args.host,
             port=args.port,
             log_level="warning" if args.port else "info",

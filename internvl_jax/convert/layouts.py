@@ -31,7 +31,7 @@ from internvl_jax.convert import (
 from internvl_jax.convert.config_json import ConfigError
 from internvl_jax.convert.mapping import Leaf, Rule, Shape, TorchTensors, check, leaves
 from internvl_jax.convert.safetensors_files import SHARD_BYTES, Tensors, new_directory, write
-from internvl_jax.models import LoraConfig, ModelConfig, abstract
+from internvl_jax.models import LoraConfig, ModelConfig, abstract, int8
 from internvl_jax.models.config import ARCHITECTURES
 from internvl_jax.rules import flatten, unflatten
 
@@ -191,6 +191,7 @@ def plan_export(
         fitting = [name for name, module in LAYOUTS.items() if isinstance(config, module.HOLDS)]
         what = f"a {type(config).__name__.removesuffix('Config')}"
         raise ConfigError(f"the layout {layout} cannot hold {what}; use {' or '.join(fitting)}")
+    int8.refuse(parameters, "an export")
     config = replace(config, lora=None)
     adapters = {name: array for name, array in parameters.items() if name.endswith("/lora_a")}
     ranks = {name.removesuffix("/lora_a"): array.shape[-1] for name, array in adapters.items()}

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from internvl_jax.data import text
+from internvl_jax.data.chat_tokenizer import IMAGE_MARK, IMAGE_TOKEN, ChatTokenizer
 from internvl_jax.data.templates import TEMPLATES
 from internvl_jax.data.tokenizer import PAD_ID, padded
 
 IGNORE = -100
-IMAGE_TOKEN = -200
-IMAGE_MARK = "<image>"
 SUMMARIZE = "summarize:"
 GENERATION_PROMPTS = {code: f"{name} caption:" for code, name in text.LANGUAGE_NAMES.items()}
 MULTILINGUAL = "mul"  # ISO 639-2 for a source that mixes languages and does not say which is which
@@ -83,11 +82,15 @@ def encode_chat(tokenizer, name, rounds, num_image_tokens: int | Sequence[int]):
     Every mark becomes `num_image_tokens` times IMAGE_TOKEN (of a sequence, the next of its numbers,
     and nothing after the last). Loss falls on the assistant's text
     and the end of text after it; with "plain" on the caption and its line break. A last answer
-    of None leaves the prompt open for generation. Text of users never yields special ids.
+    of None leaves the prompt open for generation. Text of users never yields special ids. A
+    `ChatTokenizer` has its own template and serves prompts alone: no label is learnt.
 
     The pieces between marks and turns are tokenised one by one, as the released program does,
     so each starts with the tokenizer's leading space.
     """
+    if isinstance(tokenizer, ChatTokenizer):
+        ids = tokenizer.encode_chat(rounds, num_image_tokens)
+        return ids, [IGNORE] * len(ids)
     if name not in TRAINABLE:
         raise ValueError(f"no ids for chat template {name!r}; choose from {', '.join(TRAINABLE)}")
     layout = TRAINABLE[name]

@@ -309,6 +309,13 @@ VITS = {
     "6b": ViTConfig(width=3200, depth=48, num_heads=25, mlp_dim=12800),
 }
 
+_QWEN2_5 = dict(
+    vocab_size=151674, rope_base=1e6, qkv_bias=True, architecture="qwen2", max_positions=32768
+)
+_INTERNLM2_5 = dict(
+    vocab_size=92553, rope_base=1e6, eps=1e-5, architecture="internlm2", max_positions=32768
+)
+
 LLAMAS = {
     "tiny": LlamaConfig(vocab_size=960, width=32, depth=3, num_heads=2, mlp_dim=64),
     "demo": LlamaConfig(vocab_size=960, width=128, depth=4, num_heads=4, mlp_dim=352),
@@ -323,6 +330,19 @@ LLAMAS = {
     "vicuna_13b": LlamaConfig(
         vocab_size=32000, width=5120, depth=40, num_heads=40, mlp_dim=13824, eps=1e-5,
         max_positions=4096,
+    ),
+    # Of InternVL 2.5, with the vocabularies of its releases.
+    "qwen2.5_0.5b": LlamaConfig(
+        width=896, depth=24, num_heads=14, num_kv_heads=2, mlp_dim=4864, **_QWEN2_5
+    ),
+    "internlm2.5_1.8b": LlamaConfig(
+        width=2048, depth=24, num_heads=16, num_kv_heads=8, mlp_dim=8192, **_INTERNLM2_5
+    ),
+    "qwen2.5_3b": LlamaConfig(
+        width=2048, depth=36, num_heads=16, num_kv_heads=2, mlp_dim=11008, **_QWEN2_5
+    ),
+    "internlm2.5_7b": LlamaConfig(
+        width=4096, depth=32, num_heads=32, num_kv_heads=8, mlp_dim=14336, **_INTERNLM2_5
     ),
 }
 
@@ -342,7 +362,20 @@ CHATS = {
     # The tower of 224 pixels is fed with 336.
     "vicuna_7b": ChatConfig(VITS["6b"], LLAMAS["vicuna_7b"], select_layer=-4, image_size=336),
     "vicuna_13b": ChatConfig(VITS["6b"], LLAMAS["vicuna_13b"], select_layer=-4, image_size=336),
+    **{  # InternVL 2.5
+        f"2.5_{size}": ChatConfig(
+            VITS["300m"], LLAMAS[llm], projector="pixel_shuffle", template="internvl2_5"
+        )
+        for size, llm in {
+            "1b": "qwen2.5_0.5b",
+            "2b": "internlm2.5_1.8b",
+            "4b": "qwen2.5_3b",
+            "8b": "internlm2.5_7b",
+        }.items()
+    },
 }
+
+VISION_MODELS = {name: VisionConfig(vit) for name, vit in VITS.items()}
 
 LANGUAGE_MODELS = {name: LanguageModelConfig(llama) for name, llama in LLAMAS.items()}
 
@@ -350,6 +383,7 @@ FAMILIES: dict[str, dict[str, ModelConfig]] = {
     "internvl": INTERNVLS,
     "chat": CHATS,
     "language": LANGUAGE_MODELS,
+    "vision": VISION_MODELS,
 }
 
 

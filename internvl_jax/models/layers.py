@@ -1,5 +1,7 @@
 """The layers everything is made of. Parameters carry float32; products run in the input's dtype.
 
+For inference a matrix may be an `Int8` instead, which the same layers take.
+
 Constructors take the logical names of a weight's axes (`sharding.LOGICAL_AXES`) and create the
 array already sharded. Under `jax.vmap` over keys the same constructors build stacked layers.
 """
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from internvl_jax.models.int8 import Int8
 from internvl_jax.models.product import product
 from internvl_jax.sharding import replicate, spec
 
@@ -102,8 +105,11 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens: jax.Array, dtype: str) -> jax.Array:
         """int32 [B, T] → [B, T, W]. The table is cast, then gathered like any FSDP weight."""
-        table = replicate(self.embedding[...].astype(dtype))
-        return table.at[tokens].get(out_sharding=spec("batch", None, None))
+        table = self.embedding[...]
+        table = table if isinstance(table, Int8) else table.astype(dtype)
+        out = spec("batch", None, None)
+        rows = jax.tree.map(lambda a: replicate(a).at[tokens].get(out_sharding=out), table)
+        return rows.astype(dtype)
 
 
 def gelu(x: jax.Array) -> jax.Array:

@@ -14,7 +14,9 @@ from internvl_jax.kernels import Keys, Mask
 from internvl_jax.models import rope
 from internvl_jax.models.attention import LlamaAttention
 from internvl_jax.models.config import LlamaConfig
+from internvl_jax.models.int8 import Int8
 from internvl_jax.models.layers import Embed, Linear, RMSNorm, SwiGlu, remat, stack
+from internvl_jax.models.product import product
 from internvl_jax.models.rope import Tables
 from internvl_jax.sharding import spec
 
@@ -117,8 +119,8 @@ class Llama(nnx.Module):
         config = self.config
         return rope.tables(positions, config.head_dim, config.rope_base, config.rope_scaling)
 
-    def head_kernel(self) -> jax.Array:
-        """The language head [W, V], float32: its own kernel or the transposed embedding table."""
+    def head_kernel(self) -> jax.Array | Int8:
+        """The language head [W, V]: its own kernel or the transposed embedding table."""
         if self.lm_head is not None:
             return self.lm_head.kernel[...]
         if not self.config.tie_embeddings:
@@ -127,7 +129,10 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final-norm hidden states [B, T, W] → float32 [B, T, V]."""
-        kernel = self.head_kernel().astype(hidden.dtype)
+        kernel = self.head_kernel()
+        if isinstance(kernel, Int8):
+            return product(hidden, kernel, ("embed", None)).astype(jnp.float32)
+        kernel = kernel.astype(hidden.dtype)
         out = spec("batch", None, None)
         return jnp.einsum("btd,dv->btv", hidden, kernel, out_sharding=out).astype(jnp.float32)
 

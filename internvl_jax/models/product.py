@@ -11,14 +11,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from internvl_jax.sharding import physical, spec
+from internvl_jax.models.int8 import Int8
+from internvl_jax.sharding import physical, reshard, spec
 
 _ROWS = 8  # of a tile
 
 
 def product(
     x: jax.Array,
-    kernel: jax.Array,
+    kernel: jax.Array | Int8,
     axes: tuple[str | None, str | None] = (None, None),
     out_axis: str | None = None,
 ) -> jax.Array:
@@ -27,6 +28,9 @@ def product(
     axes: logical names of the kernel's axes; out_axis: of the result's last axis. The last axis of
     `x` is sharded as the kernel's first one is, except over `fsdp`.
     """
+    if isinstance(kernel, Int8):
+        y = product(x, kernel.values, axes, out_axis)
+        return (y * reshard(kernel.scale[0], out_axis)).astype(x.dtype)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
         out = spec("batch", *(None,) * (x.ndim - 2), out_axis)
@@ -41,14 +45,16 @@ def product(
 
 
 def _local(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
+    if kernel.dtype != jnp.int8:  # which travels as it is
+        kernel = kernel.astype(x.dtype)
     if "fsdp" in axes:
         # Each replica has its own gradient until it is scattered; then their small parts are added.
-        kernel = jax.lax.pcast(kernel.astype(x.dtype), "replica", to="varying")
+        kernel = jax.lax.pcast(kernel, "replica", to="varying")
     if axes[1] == "fsdp":
-        y = jnp.einsum("b...d,fd->b...f", x, gather_rows(kernel.T))
+        y = jnp.einsum("b...d,fd->b...f", x, gather_rows(kernel.T).astype(x.dtype))
     else:
-        kernel = gather_rows(kernel) if axes[0] == "fsdp" else kernel.astype(x.dtype)
-        y = jnp.einsum("b...d,df->b...f", x, kernel)
+        kernel = gather_rows(kernel) if axes[0] == "fsdp" else kernel
+        y = jnp.einsum("b...d,df->b...f", x, kernel.astype(x.dtype))
     return jax.lax.psum(y, "tensor") if axes[0] == "tensor" else y
 
 

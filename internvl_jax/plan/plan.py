@@ -109,19 +109,24 @@ class Plan:
 
 
 def make(
-    config: Any, name: str, dump: str | Path | None = None, inference_mode: str | None = None
+    config: Any,
+    name: str,
+    dump: str | Path | None = None,
+    inference_mode: str | None = None,
+    weights: str | None = None,
 ) -> Plan:
     """Plan an experiment's train step on a topology such as "v5e:16x16".
 
     dump: a file for the compiled program's text.
     inference_mode: of `inference.MODES`: plan that call of the model instead.
+    weights: "int8" or None, as of `inference.build`.
 
     Raises:
         TopologyError, LibtpuError: see `topology.opened`. MeshError: see `experiment.build`.
         InferenceError: see `inference.build`.
     """
     with topology.opened(name) as devices:
-        return on(config, name, devices, dump, inference_mode)
+        return on(config, name, devices, dump, inference_mode, weights)
 
 
 def on(
@@ -130,12 +135,13 @@ def on(
     devices: Sequence[Any],
     dump: str | Path | None = None,
     inference_mode: str | None = None,
+    weights: str | None = None,
 ) -> Plan:
     """`make` on the devices of an opened topology."""
     if inference_mode is None:
         built = experiment.build(config, devices)
     else:
-        built = inference.build(config, devices, inference_mode)
+        built = inference.build(config, devices, inference_mode, weights)
     chip, shape = chips.parse(name)
     plan = Plan(
         fits=False,

@@ -29,7 +29,10 @@ def opened(topology: str) -> Iterator[list[Any]]:
         TopologyError: no such topology.
         LibtpuError: libtpu is missing (with the command that installs it) or does not start.
     """
-    chip, _ = chips.parse(topology)
+    chip, shape = chips.parse(topology)
+    options: dict[str, Any] = dict(chip.options)
+    if max(shape) == 1:  # a host of one chip; the compiler expects four
+        options["chips_per_host_bounds"] = (1, 1, 1)
     if importlib.util.find_spec("libtpu") is None:
         raise LibtpuError(f"planning needs the TPU compiler, libtpu; install it with: {INSTALL}")
     with _one_at_a_time():
@@ -46,7 +49,7 @@ def opened(topology: str) -> Iterator[list[Any]]:
 
         try:
             described = topologies.get_topology_desc(
-                platform="tpu", topology_name=topology, **dict(chip.options)
+                platform="tpu", topology_name=topology, **options
             )
         except Exception as error:
             raise LibtpuError(f"libtpu does not give topology {topology}: {error}") from error

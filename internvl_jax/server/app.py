@@ -7,11 +7,10 @@ else that is wrong with 400 or 404. Errors have the API's form {"error": {...}}.
 
 import asyncio
 import contextlib
-import functools
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,6 +28,7 @@ from internvl_jax.data import image
 from internvl_jax.loading import Model
 from internvl_jax.models import ChatConfig, InternVLConfig
 from internvl_jax.server import batching, requests
+from internvl_jax.server.features import Features
 from internvl_jax.server.requests import ApiError, Limits
 
 _DECODERS = 2  # images decoded at once: each may hold `Limits.pixels` pixels for a moment
@@ -44,9 +44,15 @@ class Server:
         self._parsers = ThreadPoolExecutor(_DECODERS, "parser")
         self._batcher = batching.Batcher(limits.batch)
         self._chats = {
-            name: batching.chat(model, limits.new_tokens)
+            name: batching.Chats(model, limits)
             for name, model in self._models.items()
             if isinstance(model.config, ChatConfig)
+        }
+        self._features = {  # (model, mode; None for texts)
+            (name, mode): Features(model, mode, limits.batch)
+            for name, model in self._models.items()
+            if isinstance(model.config, InternVLConfig)
+            for mode in (None, "c", "g")[: 3 if model.config.num_queries else 2]
         }
         self.app = Starlette(
             routes=[
@@ -60,6 +66,16 @@ class Server:
             exception_handlers={ApiError: _refuse, HTTPException: _refuse, Exception: _broken},
             lifespan=self._lifespan,
         )
+
+    def warm(self) -> Iterator[str]:
+        """Compile every program that a request within the limits can need; yields what it was.
+
+        For before the first request; a server that skips it compiles when a request asks.
+        """
+        for name, work in self._chats.items():
+            yield from (f"{name}: {what}" for what in work.warm())
+        for (name, _), work in self._features.items():
+            yield from (f"{name}: {what}" for what in work.warm())
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
@@ -133,7 +149,7 @@ class Server:
 
     async def _chat(self, request: Request) -> Response:
         asked, row = await self._parsed(self._read_chat, await self._body(request))
-        job = batching.Job(("chat", asked.model), self._chats[asked.model], row)
+        job = batching.Job(self._chats[asked.model], row)
         self._batcher.submit(job)
         reply = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -187,8 +203,10 @@ class Server:
 
     # ---- embeddings ---------------------------------------------------------------------------
 
-    def _read_embeddings(self, body: bytes) -> tuple[requests.EmbeddingsRequest, list]:
-        """The request, and its jobs' (key, positions, function, payload)."""
+    def _read_embeddings(
+        self, body: bytes
+    ) -> tuple[requests.EmbeddingsRequest, list[tuple[Features, dict[int, np.ndarray]]], int]:
+        """The request, what is to be computed as (work, {position: row}), and its tokens."""
         asked = requests.embeddings_request(requests.parse_json(body), self._limits)
         model = self._model(asked.model)
         if not isinstance(model.config, InternVLConfig):
@@ -198,30 +216,31 @@ class Server:
         mode = asked.mode or ("g" if model.config.num_queries else "c")
         if mode == "g" and not model.config.num_queries:
             raise ApiError(400, f"{asked.model} has no mode g: it is an InternVL-C", "mode")
-        size, pixels, texts = model.config.vit.image_size, {}, {}
+        vit = model.config.vit
+        pixels, texts = {}, {}
         for position, value in enumerate(asked.inputs):
             if isinstance(value, Image.Image):
-                pixels[position] = image.square(value, size)
+                pixels[position] = image.square(value, vit.image_size)
             else:
-                texts[position] = value
-        encode = functools.partial(model.encode_image, mode=mode)
-        parts = [
-            (("image", asked.model, mode), list(pixels), encode, list(pixels.values())),
-            (("text", asked.model), list(texts), model.encode_text, list(texts.values())),
-        ]
-        return asked, [part for part in parts if part[1]]
+                (ids,) = model.text_ids([value])
+                texts[position] = ids[: max(int((ids > 0).sum()), 1)]
+        tokens = sum(map(len, texts.values())) + len(pixels) * (1 + vit.grid**2)
+        parts = [(mode, pixels), (None, texts)]
+        return asked, [(self._features[asked.model, m], rows) for m, rows in parts if rows], tokens
 
     async def _embeddings(self, request: Request) -> Response:
-        asked, parts = await self._parsed(self._read_embeddings, await self._body(request))
+        asked, parts, tokens = await self._parsed(
+            self._read_embeddings, await self._body(request)
+        )
         jobs = [
-            self._batcher.submit(batching.Job(key, batching.embed(function), payload))
-            for key, _, function, payload in parts
+            self._batcher.submit(batching.Job(work, list(inputs.values())))
+            for work, inputs in parts
         ]
         rows: dict[int, np.ndarray] = {}
-        for (_, positions, _, _), job in zip(parts, jobs, strict=True):
+        for (_, inputs), job in zip(parts, jobs, strict=True):
             features = await self._next(job, request)
             features = features / np.linalg.norm(features, axis=-1, keepdims=True)
-            rows |= dict(zip(positions, features, strict=True))
+            rows |= dict(zip(inputs, features, strict=True))
         data = [
             {
                 "object": "embedding",
@@ -230,7 +249,7 @@ class Server:
             }
             for n in range(len(rows))
         ]
-        usage = {"prompt_tokens": 0, "total_tokens": 0}
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return JSONResponse({"object": "list", "data": data, "model": asked.model, "usage": usage})
 
 

@@ -1,38 +1,39 @@
-"""One thread that owns the device and runs together what waits together.
+"""One thread that owns the device, and what it does with the rows that wait.
 
-Requests of one kind that are waiting when the device becomes free form a batch: chats go on step
-by step side by side, features are computed in one call. A batch that has started takes no further
-rows; a row whose client is gone counts as done.
+Chats go on step by step side by side: one joins as soon as a row is free, whatever the others are
+at (`slots`). Inputs to embed that wait together are computed together. The thread goes round:
+who waits joins, one batch of inputs is embedded, every chat gets a token. A row whose client is
+gone is free.
 """
 
 import asyncio
 import collections
+import contextlib
 import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from internvl_jax.data.tokenizer import Detokenizer
 from internvl_jax.loading import Model
+from internvl_jax.server.features import Features
+from internvl_jax.server.requests import Limits
 from internvl_jax.serving import Sampling
+from internvl_jax.slots import Slots
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class Job:
-    """A row for the device and the way back to the request that waits for it.
+    """Something for the device and the way back to the request that waits for it.
 
-    key: jobs with equal keys may share a batch; how `run` tells them apart.
-    run: takes a list of jobs, calls `put` on each as results come.
+    work: who does it, a `Chats` (then `payload` is a ChatRow) or `Features` (a list of rows).
     """
 
-    key: tuple
-    run: Callable[[list["Job"]], None]
+    work: "Chats | Features"
     payload: Any
     gone: bool = False
     results: asyncio.Queue = field(default_factory=asyncio.Queue)
@@ -54,13 +55,14 @@ class Job:
 
 
 class Batcher:
-    """The queue and its thread. `most`: rows of a batch."""
+    """The queue and its thread. `most`: jobs of a batch of inputs to embed."""
 
     def __init__(self, most: int):
         self._most = most
         self._waiting: collections.deque[Job] = collections.deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._busy: set[Chats] = set()  # with chats that go on
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)
         self._thread.start()
 
@@ -72,36 +74,58 @@ class Batcher:
         return job
 
     def close(self) -> None:
-        """End the thread after the batch that runs."""
+        """End the thread after the step that runs."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join()
 
-    def _next(self) -> list[Job]:
-        """The oldest job and the others that can run with it; [] at the end."""
+    def _next(self) -> tuple[list[Job], list[Job]] | None:
+        """(chats for which a row is free, inputs to embed together); None at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
+            self._changed.wait_for(lambda: self._waiting or self._busy or self._closed)
             if self._closed:
-                return []
-            key = self._waiting[0].key
-            same = [job for job in self._waiting if job.key == key]
+                return None
+            self._waiting = collections.deque(job for job in self._waiting if not job.gone)
+            joining, free = [], {}
+            for job in self._waiting:
+                if isinstance(job.work, Chats):
+                    left = free.setdefault(job.work, job.work.free)
+                    if left:
+                        joining.append(job)
+                        free[job.work] = left - 1
+            inputs = [job for job in self._waiting if isinstance(job.work, Features)]
+            same = (job for job in inputs if job.work is inputs[0].work)
             batch = list(itertools.islice(same, self._most))
-            chosen = set(map(id, batch))
+            chosen = set(map(id, [*joining, *batch]))
             self._waiting = collections.deque(j for j in self._waiting if id(j) not in chosen)
-            return batch
+            return joining, batch
 
     def _work(self) -> None:
-        while batch := self._next():
-            alive = [job for job in batch if not job.gone]
-            if not alive:
-                continue
-            try:
-                alive[0].run(alive)
-            except Exception as error:  # one broken batch must not end the server
-                log.exception("a batch failed")
-                for job in alive:
-                    job.put(error)
+        while (found := self._next()) is not None:
+            joining, batch = found
+            for job in joining:
+                job.work.join(job)
+                self._busy.add(job.work)
+            if batch:
+                _embed(batch)
+            for chats in list(self._busy):
+                if not chats.step():
+                    self._busy.discard(chats)
+
+
+def _embed(jobs: list[Job]) -> None:
+    try:
+        rows = jobs[0].work([x for job in jobs for x in job.payload])
+    except Exception as error:  # one broken batch must not end the server
+        log.exception("a batch failed")
+        for job in jobs:
+            job.put(error)
+        return
+    position = 0
+    for job in jobs:
+        job.put(rows[position : position + len(job.payload)])
+        position += len(job.payload)
 
 
 @dataclass(frozen=True)
@@ -124,40 +148,62 @@ class Piece:
     finish: str | None = None
 
 
-def chat(model: Model, most_tokens: int) -> Callable[[list[Job]], None]:
-    """What runs chat jobs of a model. All answers have the same room, hence the same program."""
-    end = model.tokenizer.eos_id
+class Chats:
+    """The chats of one model that go on at this moment, a row each."""
 
-    def run(jobs: list[Job]) -> None:
-        rows: list[ChatRow] = [job.payload for job in jobs]
-        texts = [_Answer(Detokenizer(model.tokenizer), row) for row in rows]
-        steps = model.stream(
-            [row.prompt for row in rows],
-            [row.images for row in rows],
-            [row.sampling for row in rows],
-            most_tokens,
+    def __init__(self, model: Model, limits: Limits):
+        self._tokenizer = model.tokenizer
+        self._rows: list[tuple[Job, _Answer] | None] = [None] * limits.batch
+        self._slots = Slots(
+            model.config,
+            model.params,
+            rows=limits.batch,
+            prompt_tokens=limits.prompt_tokens,
+            new_tokens=limits.new_tokens,
+            images=limits.images,
         )
-        for tokens in steps:
-            for job, text, token in zip(jobs, texts, tokens, strict=True):
-                if not text.done:
-                    job.put(text.push(int(token), end))
-            if all(text.done or job.gone for job, text in zip(jobs, texts, strict=True)):
-                break
 
-    return run
+    @property
+    def free(self) -> int:
+        """Rows without a chat."""
+        return self._rows.count(None)
 
+    def warm(self) -> Iterator[str]:
+        """Compile every program; yields what it was. Before the first `join`."""
+        return self._slots.warm()
 
-def embed(function: Callable[[list[Any]], np.ndarray]) -> Callable[[list[Job]], None]:
-    """What runs jobs whose payload is a list of inputs; `function` gives a row for each input."""
+    def join(self, job: Job) -> None:
+        """Begin a chat in a free row."""
+        row, asked = self._rows.index(None), job.payload
+        self._rows[row] = (job, _Answer(Detokenizer(self._tokenizer), asked))
+        with self._guarded():
+            self._slots.join(row, asked.prompt, asked.images, asked.sampling)
 
-    def run(jobs: list[Job]) -> None:
-        rows = function([x for job in jobs for x in job.payload])
-        position = 0
-        for job in jobs:
-            job.put(rows[position : position + len(job.payload)])
-            position += len(job.payload)
+    def step(self) -> bool:
+        """One more token for every chat; whether any is left."""
+        with self._guarded():
+            tokens = self._slots.step()
+            for n, row in enumerate(self._rows):
+                if row is None:
+                    continue
+                job, answer = row
+                if not job.gone:
+                    job.put(answer.push(int(tokens[n]), self._tokenizer.eos_id))
+                if job.gone or answer.done:
+                    self._rows[n] = None
+        return self.free < len(self._rows)
 
-    return run
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """What fails ends the chats that go on, not the server."""
+        try:
+            yield
+        except Exception as error:
+            log.exception("a step failed")
+            for job, _ in filter(None, self._rows):
+                job.put(error)
+            self._rows = [None] * len(self._rows)
+            self._slots.clear()
 
 
 class _Answer:

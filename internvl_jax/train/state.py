@@ -9,6 +9,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from internvl_jax import rules
+from internvl_jax.models import int8
 
 
 @jax.tree_util.register_dataclass
@@ -41,8 +42,10 @@ def create(params: dict, trainable: str, tx: optax.GradientTransformation) -> Tr
     """The state at step 0; `trainable` is a regex that must match a path as a whole.
 
     Works on arrays and, under `jax.eval_shape`, on their shapes. Under an explicit mesh the
-    moments are born with the sharding of their parameters. Raises RuleError if nothing matches.
+    moments are born with the sharding of their parameters. Raises RuleError if nothing matches,
+    Int8Error for weights that are held in int8.
     """
+    int8.refuse(params, "training")
     learned, frozen = rules.partition(params, trainable)
     # Three separate zeros: the state is donated, and one buffer cannot be donated twice.
     step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))

@@ -3,7 +3,7 @@
 import json
 
 from internvl_jax import configuration
-from scripts import make_plans
+from scripts import make_inference_plans, make_plans
 
 
 def test_every_recorded_plan_fits_with_room_to_spare():
@@ -32,3 +32,13 @@ def test_settings_name_real_config_keys():
     for name in make_plans.names()[1:]:
         config = configuration.load(*make_plans.settings(*name.split()))
         assert config.batch_size in (163_840, 20_480, 512)
+
+
+def test_calls_of_inference_name_real_config_keys_and_records_are_theirs():
+    for name, (_, mode, _, (config, overrides)) in make_inference_plans.ROWS.items():
+        loaded = configuration.load(config, [(k, str(v)) for k, v in overrides.items()])
+        assert loaded.mesh.fsdp == 1 and f"--inference={mode}" in make_inference_plans.command(name)
+    if make_inference_plans.FILE.exists():
+        recorded = json.loads(make_inference_plans.FILE.read_text(encoding="utf-8"))["plans"]
+        for name, record in recorded.items():
+            assert record["command"] == make_inference_plans.command(name)

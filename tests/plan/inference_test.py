@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from internvl_jax import configuration
-from internvl_jax.plan import inference
+from internvl_jax.plan import experiment, inference
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,28 @@ def test_a_call_is_built_without_data_or_parameters(name, mode):
     if mode == "decode":
         prompt = inference.build(config, jax.devices(), "prefill").model_flops
         assert built.model_flops < prompt / 10
+
+
+def test_weights_in_int8_are_a_half_of_bfloat16():
+    config = configuration.load("stage3_sft:tiny")
+    sizes = {
+        weights: experiment.bytes_per_device(
+            inference.build(config, jax.devices()[:1], "prefill", weights).arguments[0]["llm"]
+        )
+        for weights in (None, "int8")
+    }
+    # And a scale of four bytes per channel of 32 or 64 weights.
+    assert 0.5 < sizes["int8"] / sizes[None] < 0.65
+
+
+def test_a_vision_tower_encodes():
+    config = configuration.load("stage1_contrastive:tiny", [("model.family", "vision")])
+    built = inference.build(config, jax.devices(), "encode", "int8")
+    with jax.set_mesh(built.mesh):
+        tokens = jax.eval_shape(built.step, *built.arguments)
+    assert tokens.shape == (config.batch_size, 17, 32)
+    with pytest.raises(inference.InferenceError, match="a vision tower does not"):
+        inference.build(config, jax.devices(), "decode")
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,38 @@ def test_embeddings_of_texts_and_images_are_unit_features_in_order(client, serve
     np.testing.assert_allclose(default, texts[0] / np.linalg.norm(texts[0]), atol=1e-5)
 
 
+def test_embeddings_tell_how_many_tokens_they_took(client, served):
+    model = served.models["g"]
+    texts = ["a red star", "una estrella roja y un círculo azul"]
+    tokens = int((model.text_ids(texts) > 0).sum())
+    assert client.embeddings.create(model="g", input=texts).usage.prompt_tokens == tokens
+    patches = model.config.vit.grid**2
+    both = client.embeddings.create(model="g", input=[*texts, data_url(PIXELS[0])]).usage
+    assert both.prompt_tokens == both.total_tokens == tokens + 1 + patches
+
+
+def test_more_chats_than_rows_are_all_answered_as_if_alone(client, served):
+    """Some end early, so others join beside rows that stand elsewhere."""
+
+    def sample(number):
+        settings = dict(max_tokens=3 + number % 9, temperature=1.0 * (number % 2), seed=number)
+        reply = ask(client, [question(f"what is {number}?", PIXELS[number % 3])], **settings)
+        return reply.choices[0].message.content
+
+    assert served.limits.batch < 12
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(sample, range(12)))
+    for number, answer in enumerate(answers):
+        alone = expected(
+            served,
+            [(f"<image>\nwhat is {number}?", None)],
+            [PIXELS[number % 3]],
+            max_new_tokens=3 + number % 9,
+            sampling=Sampling(1.0 * (number % 2), 1.0, number),
+        )
+        assert answer == alone, number
+
+
 def test_errors_are_the_clients_exceptions(client):
     with pytest.raises(openai.BadRequestError, match="not a chat model"):
         client.chat.completions.create(model="g", messages=[question("what?")])
