@@ -50,6 +50,7 @@ ALLOWED = {
     },
     "adapters": {"data", "loading", "models", "sharding"},
     "server": {"data", "loading", "models", "serving"},
+    "web": {"data", "demo", "evals", "loading", "models", "server"},
     "conversion": {"convert", "models", "train"},
     "configuration": {"data", "evals", "models", "objectives"},
 }
