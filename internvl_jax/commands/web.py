@@ -45,9 +45,9 @@ def build(parser: argparse.ArgumentParser) -> Run:
             new_tokens=args.max_new_tokens,
         )
         paths = args.checkpoint if args.checkpoint != ["demo"] else ["demo", "demo-chat"]
-        with app.private_folder():
+        with app.private_folder() as folder:
             models = {path: loading.load(path, args.dtype) for path in paths}
-            tabs, offered = page.warmed(Site.of(models, limits, args.gallery))
+            tabs, offered = page.warmed(Site.of(models, limits, args.gallery), folder)
             config = uvicorn.Config(
                 app.create(tabs, offered, limits), args.host, args.port, log_level="warning"
             )

@@ -1,7 +1,9 @@
 """The page as an ASGI application."""
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import fastapi
@@ -11,7 +13,6 @@ from starlette.middleware import Middleware
 from internvl_jax.server.requests import Limits
 from internvl_jax.web import page
 from internvl_jax.web.guard import Guard
-from internvl_jax.web.site import Site
 
 _SESSIONS = 200  # conversations kept, the latest ones
 
@@ -31,11 +32,14 @@ def create(tabs: list[Any], offered: list[str], limits: Limits) -> fastapi.FastA
     )  # fmt: skip
 
 
-def private_folder() -> tempfile.TemporaryDirectory:
-    """A folder for uploads, gone when the program ends. Call it before anything is built."""
-    folder = tempfile.TemporaryDirectory(prefix="internvl-web-")
-    os.environ["GRADIO_TEMP_DIR"] = folder.name
-    return folder
+@contextlib.contextmanager
+def private_folder() -> Iterator[str]:
+    """A folder for the page's own pictures, beside one for uploads; both are gone afterwards.
 
-
-__all__ = ["Site", "create", "private_folder"]
+    Gradio looks for the latter when a page is built.
+    """
+    with tempfile.TemporaryDirectory(prefix="internvl-web-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "uploads")
+        own = os.path.join(folder, "own")
+        os.makedirs(own)
+        yield own

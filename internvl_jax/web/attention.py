@@ -10,7 +10,7 @@ from internvl_jax.demo.pictures import heat
 from internvl_jax.evals import attention
 from internvl_jax.models import InternVLConfig
 from internvl_jax.web import pictures
-from internvl_jax.web.site import Site, on
+from internvl_jax.web.site import Site, notice, on
 
 QUERIES, CLASS_TOKEN = "queries", "class token"
 _SIDE = 480
@@ -58,6 +58,7 @@ class Tab:
 
     def __init__(self, site: Site):
         self._site, self._model = site, site.internvl or site.chat
+        self._first: tuple[np.ndarray | None, str] = (None, "")  # shown before a click
         # Moving a slider computes nothing: the maps of the last pictures are kept.
         self._maps = functools.lru_cache(maxsize=8)(self._compute)
 
@@ -67,8 +68,9 @@ class Tab:
 
     def warm(self, offered: list[str]) -> None:
         """Compile what a click runs."""
-        for kind in self._kinds():
-            self._run(offered[0], kind, 0, 1, 0)
+        runs = [self._run(offered[0], kind, 0, self._model.config.vit.depth, 0)
+                for kind in self._kinds()]  # fmt: skip
+        self._first = runs[0]
 
     def build(self, offered: list[str]) -> None:
         """Lay the tab out."""
@@ -97,18 +99,19 @@ class Tab:
                     visible=not first,
                 )  # fmt: skip
                 button = gr.Button("Show attention", variant="primary")
+                said = notice()
                 shown = gr.Image(
-                    label="Attention", buttons=[], interactive=False,
+                    self._first[0], label="Attention", buttons=[], interactive=False,
                     alt_text="The picture in grey, with what is attended to in yellow and red",
                 )  # fmt: skip
-                words = gr.Markdown(elem_id="attention-words")
+                words = gr.Markdown(self._first[1], elem_id="attention-words")
         kind.change(
             lambda k: [gr.update(visible=v) for v in (k == QUERIES, *[k == CLASS_TOKEN] * 2)],
             kind, [query, layer, head], api_visibility="private",
         )  # fmt: skip
         settings = [picture, kind, query, layer, head]
         for event in (button.click, kind.input, *(s.release for s in (query, layer, head))):
-            on(event, self._run, settings, [shown, words], show_progress="hidden")
+            on(event, self._run, settings, [shown, words], said, show_progress="hidden")
 
     def _kinds(self) -> list[str]:
         config = self._model.config

@@ -9,7 +9,7 @@ from PIL import Image
 from internvl_jax.data import text
 from internvl_jax.loading import Model
 from internvl_jax.web import pictures
-from internvl_jax.web.site import Site, on
+from internvl_jax.web.site import Site, notice, on
 
 
 def describe(
@@ -41,6 +41,7 @@ class Tab:
 
     def __init__(self, site: Site):
         self._site, self._model = site, site.internvl
+        self._first = ""  # what the page shows before a click
 
     def missing(self) -> str | None:
         """Why the tab cannot be served, or None."""
@@ -50,9 +51,8 @@ class Tab:
         return reason
 
     def warm(self, offered: Sequence[str]) -> None:
-        """Compile what a click runs."""
-        for _ in self._run(offered[0], text.LANGUAGES[:1]):
-            pass
+        """Compile what a click runs, by running it."""
+        *_, (self._first,) = self._run(offered[0], text.LANGUAGES)
 
     def build(self, offered: Sequence[str]) -> None:
         """Lay the tab out."""
@@ -67,12 +67,13 @@ class Tab:
                     label="Languages",
                 )
                 button = gr.Button("Describe", variant="primary")
-                result = gr.HTML(table({}), label="Captions", elem_id="captions")
-        on(button.click, self._run, [picture, languages], result)
+                said = notice()
+                result = gr.HTML(self._first, elem_id="captions")
+        on(button.click, self._run, [picture, languages], [result], said)
 
-    def _run(self, path: str | None, languages: Sequence[str]) -> Iterator[str]:
+    def _run(self, path: str | None, languages: Sequence[str]) -> Iterator[tuple[str]]:
         picture = pictures.read(path, self._site.limits)
         written = {}
         for language, caption in describe(self._model, picture, languages):
             written[language] = caption
-            yield table(written)
+            yield (table(written),)

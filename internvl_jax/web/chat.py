@@ -14,7 +14,7 @@ from internvl_jax.data.conversation import IMAGE_MARK
 from internvl_jax.loading import Model
 from internvl_jax.server.requests import Limits
 from internvl_jax.web import pictures
-from internvl_jax.web.site import Site, on
+from internvl_jax.web.site import Site, notice, on
 
 MOST_CHARACTERS = 4000
 _HOUR = 3600
@@ -92,10 +92,10 @@ class Tab:
         return None
 
     def warm(self, offered: Sequence[str]) -> None:
-        """Compile what a click runs: a first question and, longer, a second."""
-        first = {"text": _questions()[0], "files": offered[:1]}
-        for _ in self._run(first, Talk()):
-            pass
+        """Compile what a click runs: a first question and a second, which is longer."""
+        talk = Talk()
+        for files in (offered[:1], []):
+            *_, (_, talk, _) = self._run({"text": _questions()[0], "files": files}, talk)
 
     def build(self, offered: Sequence[str]) -> None:
         """Lay the tab out."""
@@ -110,21 +110,21 @@ class Tab:
             file_types=[".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"], sources=["upload"],
             max_plain_text_length=MOST_CHARACTERS,
         )  # fmt: skip
-        gr.Examples(
-            [[{"text": q, "files": [p]}] for q, p in zip(_questions(), offered, strict=True)],
-            question, label="Or one of these", cache_examples=False, api_visibility="private",
-        )  # fmt: skip
+        said = notice()
+        asked = zip(_questions(), offered, strict=True)
+        pictures.buttons([(q, p, {"text": q, "files": [p]}) for q, p in asked], question)
         with gr.Row():
             stop = gr.Button("Stop", variant="secondary")
             again = gr.Button("New conversation", variant="secondary")
         # An answer takes its time: it does not keep the other tabs waiting.
         running = on(
-            question.submit, self._run, [question, talk], [messages, talk, question],
+            question.submit, self._run, [question, talk], [messages, talk, question], said,
             concurrency_id="chat", show_progress="hidden",
         )  # fmt: skip
         stop.click(None, None, None, cancels=[running], api_visibility="private")
         again.click(
-            lambda: ([], Talk(), None), None, [messages, talk, question], cancels=[running],
+            lambda: ([], Talk(), None, ""), None, [messages, talk, question, said],
+            cancels=[running],
             api_visibility="private",
         )  # fmt: skip
 

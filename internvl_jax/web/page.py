@@ -16,19 +16,34 @@ _CLEANING = (600, 3600)  # seconds: how often, and of what age uploads are delet
 THEME = gr.themes.Default(
     primary_hue=colors.blue,
     neutral_hue=colors.slate,
-    font=(fonts.LocalFont("Source Sans Pro"), "system-ui", "sans-serif"),
+    font=(fonts.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"),
     font_mono=("ui-monospace", "monospace"),
+).set(  # enough contrast for small text
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_300",
+    block_label_text_color="*neutral_600",
+    block_title_text_color="*neutral_700",
+    input_placeholder_color="*neutral_600",
+    input_placeholder_color_dark="*neutral_300",
 )
 CSS = """
+button[role=tab][aria-selected=true] { color: var(--primary-700); }
+.dark button[role=tab][aria-selected=true] { color: var(--primary-300); }
+.choices { gap: .5rem; } .choices button { flex: 0 1 auto; }
 .captions { width: 100%; border-collapse: collapse; font-size: 1.1rem; }
 .captions caption { text-align: left; padding-bottom: .5rem; }
-.captions th, .captions td { text-align: left; padding: .4rem .8rem .4rem 0; }
+.captions th, .captions td { text-align: left; padding: .5rem .8rem; }
+.notice p { border-left: 4px solid #b91c1c; padding: .4rem .8rem; font-weight: 700; margin: 0; }
 """
 
 
-def warmed(site: Site) -> tuple[list[Any], list[str]]:
-    """The tabs with everything behind them compiled, and the pictures that they offer."""
-    offered = pictures.examples()
+def warmed(site: Site, folder: str) -> tuple[list[Any], list[str]]:
+    """The tabs with everything behind them compiled, and the pictures that they offer.
+
+    folder: empty, for those pictures.
+    """
+    offered = pictures.examples(folder)
+    gr.set_static_paths([folder])  # served from there, and never cleaned away
     tabs = [tab(site) for tab in TABS]
     for tab in tabs:
         if tab.missing() is None:

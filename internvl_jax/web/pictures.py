@@ -1,8 +1,9 @@
 """Pictures: those that visitors upload, read within limits, and those that the page offers."""
 
-import tempfile
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -34,16 +35,27 @@ def pixels(model: Model, picture: Image.Image) -> np.ndarray:
     return image.square(picture, size)[None]
 
 
-def examples(folder: str | None = None) -> list[str]:
-    """Paths of pictures of the embedded data, named after what they show, in a new folder."""
-    folder = Path(folder or tempfile.mkdtemp(prefix="examples-"))
+def examples(folder: str | os.PathLike) -> list[str]:
+    """Paths of pictures of the embedded data in a folder, named after what they show."""
     paths = []
-    for number, place in enumerate(EXAMPLES):
+    for place in EXAMPLES:
         scene = scenes.scene(*place)
         caption = text.scene_captions(scene.description, "en")[0]
-        paths.append(str(folder / f"{number} {caption}.png"))
+        paths.append(str(Path(folder) / f"{caption}.png"))
         Image.fromarray(scenes.render([scene], _SIDE)[0]).save(paths[-1])
     return paths
+
+
+def buttons(choices: Sequence[tuple[str, str | None, Any]], target: Any) -> None:
+    """A row of buttons (words, path of an icon, value), each of which gives `target` its value."""
+    gr.Markdown("Or take one of these:")
+    with gr.Row(elem_classes="choices"):
+        for words, icon, value in choices:
+            button = gr.Button(words, icon=icon, size="sm", min_width=120)
+            button.click(
+                lambda value=value: value, None, target, api_visibility="private",
+                show_progress="hidden",
+            )  # fmt: skip
 
 
 def chooser(offered: Sequence[str], height: int = 300) -> gr.Image:
@@ -61,11 +73,5 @@ def chooser(offered: Sequence[str], height: int = 300) -> gr.Image:
     )
     # Gradio's own would open a stranger's file with every decoder there is; `read` does not.
     chosen.preprocess = lambda payload: None if payload is None else payload.path
-    gr.Examples(
-        [[path] for path in offered],
-        chosen,
-        label="Or one of these",
-        cache_examples=False,
-        api_visibility="private",
-    )
+    buttons([(Path(path).stem, path, path) for path in offered], chosen)
     return chosen

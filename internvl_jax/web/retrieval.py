@@ -13,7 +13,8 @@ from internvl_jax.data import conversation, image, scenes, text
 from internvl_jax.evals import features
 from internvl_jax.evals.retrieval import distinct_scenes
 from internvl_jax.loading import Model
-from internvl_jax.web.site import Site, on, text_length
+from internvl_jax.web import pictures
+from internvl_jax.web.site import Site, notice, on, text_length
 
 log = logging.getLogger(__name__)
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
@@ -122,20 +123,19 @@ class Tab:
         with gr.Row(equal_height=True):
             query = gr.Textbox(QUERIES[0], label="What are you looking for?", scale=5)
             button = gr.Button("Search", variant="primary", scale=1)
-        gr.Examples(
-            [[q] for q in QUERIES], query, label="Or one of these", cache_examples=False,
-            api_visibility="private",
-        )  # fmt: skip
+        pictures.buttons([(words, None, words) for words in QUERIES], query)
+        said = notice()
         found = gr.Gallery(
-            self._run(QUERIES[0]), label="Best first, with the cosine of picture and text",
-            columns=4, height="auto", object_fit="contain", buttons=[], interactive=False,
+            self._run(QUERIES[0])[0], label="Best first, with the cosine of picture and text",
+            columns=4, height=620, object_fit="contain", buttons=[], interactive=False,
         )  # fmt: skip
         for event in (button.click, query.submit):
-            on(event, self._run, query, found)
+            on(event, self._run, [query], [found], said)
 
-    def _run(self, query: str) -> list[tuple[Image.Image, str]]:
+    def _run(self, query: str) -> tuple[list[tuple[Image.Image, str]]]:
         hits = search(self._model, self._gallery, query, _SHOWN)
-        return [
+        shown = [
             (self._gallery.open(number), f"{rank}. {self._gallery.names[number]} ({cosine:.2f})")
             for rank, (number, cosine) in enumerate(hits, 1)
         ]
+        return (shown,)

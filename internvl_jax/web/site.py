@@ -1,8 +1,8 @@
 """What the tabs share: the models, the limits, and how a visitor's click reaches a function."""
 
-import functools
+import html
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,31 +56,41 @@ def text_length(model: Model) -> int:
     return model.experiment.get("data", {}).get("text_length", loading.TEXT_LENGTH)
 
 
-def on(event: Any, function: Callable, inputs: Any, outputs: Any, **more: Any) -> Any:
-    """Call `function` when `event` happens; what it refuses, the visitor reads.
+def notice() -> gr.HTML:
+    """A place in a tab for what `on` has to say; screen readers read it out."""
+    return gr.HTML("", elem_classes="notice")
 
-    One call at a time reaches the device, whatever the tab, unless `more` says otherwise; the
-    others wait in line.
+
+def on(
+    event: Any, function: Callable, inputs: Any, outputs: Sequence[Any], said: gr.HTML, **more: Any
+) -> Any:
+    """Call `function`, which returns a tuple for `outputs`, when `event` happens.
+
+    What it refuses (ValueError, ApiError) the visitor reads in `said`; other errors stay in the
+    server's log. One call at a time reaches the device, whatever the tab, unless `more` says
+    otherwise; the others wait in line.
     """
     more = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"} | more
-    return event(_told(function), inputs, outputs, **more)
+    return event(_told(function, len(outputs)), inputs, [*outputs, said], **more)
 
 
-def _told(function: Callable) -> Callable:
-    """The function with refusals as Gradio shows them; other errors stay in the server's log."""
+def _told(function: Callable, count: int) -> Callable:
+    def refusal(error: Exception) -> list[Any]:
+        text = html.escape(str(error))
+        words = f'<p role="alert">{text[:1].upper()}{text[1:]}.</p>'
+        return [*(gr.skip() for _ in range(count)), words]
 
-    @functools.wraps(function)
     def call(*arguments):
         try:
-            return function(*arguments)
+            return [*function(*arguments), ""]
         except (ValueError, ApiError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            return refusal(error)
 
-    @functools.wraps(function)
     def steps(*arguments):
         try:
-            yield from function(*arguments)
+            for result in function(*arguments):
+                yield [*result, ""]
         except (ValueError, ApiError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            yield refusal(error)
 
     return steps if inspect.isgeneratorfunction(function) else call

@@ -10,7 +10,7 @@ from internvl_jax.data import conversation, text
 from internvl_jax.evals import features, prompts, zero_shot
 from internvl_jax.loading import Model
 from internvl_jax.web import pictures
-from internvl_jax.web.site import Site, on, text_length
+from internvl_jax.web.site import Site, notice, on, text_length
 
 NAMES = {**text.LANGUAGE_NAMES, "ja": "Japanese", "ar": "Arabic", "it": "Italian"}
 # "{c}" is the label. Those of the embedded data's languages are worded like its captions.
@@ -83,14 +83,17 @@ class Tab:
 
     def __init__(self, site: Site):
         self._site, self._model = site, site.internvl
+        self._first: dict[str, float] | None = None  # what the page shows before a click
 
     def missing(self) -> str | None:
         """Why the tab cannot be served, or None."""
         return self._site.without_texts("Zero-shot classification")
 
     def warm(self, offered: Sequence[str]) -> None:
-        """Compile what a click runs."""
-        self._run(offered[0], "\n".join(LABELS["en"]), "\n".join(TEMPLATES["en"]))
+        """Compile what a click runs, by running it."""
+        (self._first,) = self._run(
+            offered[0], "\n".join(LABELS["en"]), "\n".join(TEMPLATES["en"])
+        )
 
     def build(self, offered: Sequence[str]) -> None:
         """Lay the tab out."""
@@ -111,10 +114,11 @@ class Tab:
                     info="Each label is put in place of {c}; the results are averaged.",
                 )  # fmt: skip
                 button = gr.Button("Classify", variant="primary")
-                result = gr.Label(label="Probabilities", num_top_classes=8)
-        on(language.input, translated, [labels, language], [labels, templates])
-        on(button.click, self._run, [picture, labels, templates], result)
+                said = notice()
+                result = gr.Label(self._first, label="Probabilities", num_top_classes=8)
+        on(language.input, translated, [labels, language], [labels, templates], said)
+        on(button.click, self._run, [picture, labels, templates], [result], said)
 
-    def _run(self, path: str | None, labels: str, templates: str) -> dict[str, float]:
+    def _run(self, path: str | None, labels: str, templates: str) -> tuple[dict[str, float]]:
         picture = pictures.read(path, self._site.limits)
-        return classify(self._model, picture, labels.splitlines(), templates.splitlines())
+        return (classify(self._model, picture, labels.splitlines(), templates.splitlines()),)

@@ -1,5 +1,6 @@
 """The functions behind the page, on small random models and without a browser."""
 
+import itertools
 import re
 
 import jax
@@ -14,7 +15,6 @@ from internvl_jax.models import create, from_dict
 from internvl_jax.server.requests import ApiError, Limits
 from internvl_jax.web import attention, captions, chat, page, pictures, retrieval, zero_shot
 from internvl_jax.web.site import Site
-import itertools
 
 LIMITS = Limits(pixels=1_000_000, images=2, prompt_tokens=120, new_tokens=6)
 
