@@ -1,6 +1,5 @@
 """Chat: questions about pictures in several turns, the answers shown as they are written."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,9 +56,8 @@ def ask(
             f"the conversation has {length} tokens, pictures included; "
             f"{limits.prompt_tokens} are allowed: start a new one"
         )
-    parts = [*({"path": path, "alt_text": "Your picture"} for path in files), words]
-    asked = {"role": "user", "content": [part for part in parts if part]}
-    shown = (*talk.shown, asked)
+    parts = [*map(_shown, files), *([words] if words else [])]
+    shown = (*talk.shown, {"role": "user", "content": parts})
     yield replace(talk, images=known, shown=shown, rounds=(*talk.rounds, (marked, "")))
     answer = ""
     for piece in model.reply(rounds, known, max_new_tokens=limits.new_tokens):
@@ -70,6 +68,14 @@ def ask(
                 known,
                 (*shown, {"role": "assistant", "content": answer}),
             )
+
+
+def _shown(path: str) -> gr.Image:
+    """A picture in the conversation; as a mere file it would have neither words nor quiet."""
+    return gr.Image(
+        path, alt_text="A picture of yours", buttons=[], show_label=False, interactive=False,
+        height=180, render=False,
+    )  # fmt: skip
 
 
 class Tab:
@@ -111,22 +117,22 @@ class Tab:
             max_plain_text_length=MOST_CHARACTERS,
         )  # fmt: skip
         said = notice()
+        with gr.Row():
+            stop = gr.Button("Stop", size="md")
+            again = gr.Button("New conversation", size="md")
         asked = zip(_questions(), offered, strict=True)
         pictures.buttons([(q, p, {"text": q, "files": [p]}) for q, p in asked], question)
-        with gr.Row():
-            stop = gr.Button("Stop", variant="secondary")
-            again = gr.Button("New conversation", variant="secondary")
         # An answer takes its time: it does not keep the other tabs waiting.
         running = on(
             question.submit, self._run, [question, talk], [messages, talk, question], said,
             concurrency_id="chat", show_progress="hidden",
         )  # fmt: skip
         stop.click(None, None, None, cancels=[running], api_visibility="private")
-        again.click(
-            lambda: ([], Talk(), None, ""), None, [messages, talk, question, said],
-            cancels=[running],
-            api_visibility="private",
-        )  # fmt: skip
+        for event in (again.click, messages.clear):
+            event(
+                lambda: ([], Talk(), None, ""), None, [messages, talk, question, said],
+                cancels=[running], api_visibility="private",
+            )  # fmt: skip
 
     def _run(self, message: dict[str, Any], talk: Talk) -> Iterator[tuple[list, Talk, Any]]:
         limits, files = self._site.limits, message["files"]
@@ -140,8 +146,9 @@ class Tab:
 def _questions() -> list[str]:
     """A question about each of the pictures that the page offers, in turn of the languages."""
     asked = []
-    for place, language in zip(pictures.EXAMPLES, itertools.cycle(text.LANGUAGES), strict=False):
-        description = scenes.scene(*place).description
-        # The fourth asks for the colour, or for what is where.
-        asked.append(questions.about_scene(description, language)[3][0])
+    for number, place in enumerate(pictures.EXAMPLES):
+        language = text.LANGUAGES[number % len(text.LANGUAGES)]
+        known = questions.about_scene(scenes.scene(*place).description, language)
+        # The fourth and fifth ask for colour and shape of one object, or which of two is where.
+        asked.append(known[3 + number // 2 % 2][0])
     return asked

@@ -13,11 +13,12 @@ TABS = (zero_shot.Tab, retrieval.Tab, captions.Tab, chat.Tab, attention.Tab)
 _CLEANING = (600, 3600)  # seconds: how often, and of what age uploads are deleted
 
 # Fonts come with Gradio or with the visitor's system: nothing is fetched from elsewhere.
+_FONTS = (fonts.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif")
 THEME = gr.themes.Default(
     primary_hue=colors.blue,
     neutral_hue=colors.slate,
-    font=(fonts.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"),
-    font_mono=("ui-monospace", "monospace"),
+    font=_FONTS,
+    font_mono=_FONTS,
 ).set(  # enough contrast for small text
     body_text_color_subdued="*neutral_600",
     body_text_color_subdued_dark="*neutral_300",
@@ -33,6 +34,7 @@ button[role=tab][aria-selected=true] { color: var(--primary-700); }
 .captions { width: 100%; border-collapse: collapse; font-size: 1.1rem; }
 .captions caption { text-align: left; padding-bottom: .5rem; }
 .captions th, .captions td { text-align: left; padding: .5rem .8rem; }
+.notice:not(:has(p)) { display: none; }
 .notice p { border-left: 4px solid #b91c1c; padding: .4rem .8rem; font-weight: 700; margin: 0; }
 """
 

@@ -119,14 +119,17 @@ class Tab:
     def build(self, _offered: Sequence[str]) -> None:
         """Lay the tab out."""
         what = "pictures of your folder" if self._site.gallery else "held-out scenes"
-        gr.Markdown(f"Search {len(self._gallery)} {what} with words, in any language.")
+        gr.Markdown(
+            f"Search {len(self._gallery)} {what} with words, in any language. The best comes "
+            "first, with the cosine of picture and text."
+        )
         with gr.Row(equal_height=True):
             query = gr.Textbox(QUERIES[0], label="What are you looking for?", scale=5)
             button = gr.Button("Search", variant="primary", scale=1)
         pictures.buttons([(words, None, words) for words in QUERIES], query)
         said = notice()
         found = gr.Gallery(
-            self._run(QUERIES[0])[0], label="Best first, with the cosine of picture and text",
+            self._run(QUERIES[0])[0], label="Pictures found", show_label=False,
             columns=4, height=620, object_fit="contain", buttons=[], interactive=False,
         )  # fmt: skip
         for event in (button.click, query.submit):

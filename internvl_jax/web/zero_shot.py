@@ -109,10 +109,11 @@ class Tab:
                 labels = gr.Textbox(
                     "\n".join(LABELS["en"]), lines=8, label="Labels", info="One on each line."
                 )
-                templates = gr.Textbox(
-                    "\n".join(TEMPLATES["en"]), lines=3, label="Templates",
-                    info="Each label is put in place of {c}; the results are averaged.",
-                )  # fmt: skip
+                with gr.Accordion("Templates", open=False):
+                    templates = gr.Textbox(
+                        "\n".join(TEMPLATES["en"]), lines=3, label="One on each line",
+                        info="Each label is put in place of {c}; the results are averaged.",
+                    )  # fmt: skip
                 button = gr.Button("Classify", variant="primary")
                 said = notice()
                 result = gr.Label(self._first, label="Probabilities", num_top_classes=8)
