@@ -114,7 +114,8 @@ def test_captions_come_in_the_order_of_the_languages(internvl, offered):
 
 def test_chat_answers_grow_and_earlier_turns_are_remembered(chatting, offered):
     picture = Image.open(offered[0])
-    steps = list(chat.ask(chatting, chat.Talk(), "what is <image>this?", [picture], LIMITS, ["a"]))
+    start, files = chat.Talk(), offered[:1]
+    steps = list(chat.ask(chatting, start, "what is <image>this?", [picture], LIMITS, files))
     answers = [step.rounds[-1][1] for step in steps]
     asked = "<image>\nwhat is this?"
     assert answers[0] == "" and all(b.startswith(a) for a, b in itertools.pairwise(answers))
@@ -128,7 +129,8 @@ def test_chat_answers_grow_and_earlier_turns_are_remembered(chatting, offered):
         ("and now?", "".join(chatting.reply(rounds, [picture], max_new_tokens=6))),
     )
     assert [message["role"] for message in again.shown] == ["user", "assistant"] * 2
-    assert again.shown[0]["content"][0]["path"] == "a"
+    shown, words = again.shown[0]["content"]
+    assert shown.alt_text and words == "what is this?"
     three = [picture] * 3
     for question, images, message in (
         (" ", [], "write a question"),
