@@ -1,6 +1,10 @@
 """`internvl-jax web`: a page for the browser."""
 
 import argparse
+import signal
+import socket
+import sys
+from pathlib import Path
 
 from internvl_jax.commands import CHECKPOINT_HELP, Run
 
@@ -35,6 +39,8 @@ def build(parser: argparse.ArgumentParser) -> Run:
         from internvl_jax.web import app, page
         from internvl_jax.web.site import Site
 
+        if args.gallery is not None and not Path(args.gallery).is_dir():
+            raise ValueError(f"--gallery: there is no folder at {args.gallery}")
         wrong = [k for k, v in vars(args).items() if k.startswith("max_") and v < 1]
         if wrong:
             raise ValueError(f"--{wrong[0]} must be at least 1")
@@ -45,14 +51,14 @@ def build(parser: argparse.ArgumentParser) -> Run:
             new_tokens=args.max_new_tokens,
         )
         paths = args.checkpoint if args.checkpoint != ["demo"] else ["demo", "demo-chat"]
+        # Uvicorn passes the signal on when it has stopped; uploads are deleted on the way out.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        listening = socket.create_server((args.host, args.port))
         with app.private_folder() as folder:
             models = {path: loading.load(path, args.dtype) for path in paths}
             tabs, offered = page.warmed(Site.of(models, limits, args.gallery), folder)
-            config = uvicorn.Config(
-                app.create(tabs, offered, limits), args.host, args.port, log_level="warning"
-            )
-            socket = config.bind_socket()
-            print(f"open http://{args.host}:{socket.getsockname()[1]}", flush=True)
-            uvicorn.Server(config).run([socket])
+            config = uvicorn.Config(app.create(tabs, offered, limits), log_level="warning")
+            print(f"open http://{args.host}:{listening.getsockname()[1]}", flush=True)
+            uvicorn.Server(config).run([listening])
 
     return run

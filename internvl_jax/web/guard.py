@@ -4,6 +4,7 @@ Gradio would fetch pictures from addresses that a request names, serve what it p
 bodies of any size. The page needs none of that.
 """
 
+import asyncio
 import json
 import re
 from typing import Any
@@ -40,7 +41,7 @@ class Guard:
     """ASGI middleware; what it refuses gets 4xx."""
 
     def __init__(self, app: ASGIApp, limits: Limits):
-        self._app, self._limits = app, limits
+        self._app, self._limits, self._busy = app, limits, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a refusal itself and hands on the rest."""
@@ -48,16 +49,6 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
-        refusal = _refused(scope)
-        if refusal is None and scope["method"] == "POST":
-            most = self._limits.upload_bytes if scope["path"] == f"{_API}/upload" else _JSON_BYTES
-            body = await _body(receive, most)
-            if body is None:
-                refusal = PlainTextResponse(f"at most {most} bytes are allowed", 413)
-            elif scope["path"] != f"{_API}/upload" and _holds_address(body):
-                refusal = PlainTextResponse("not JSON, or a file by its address", 400)
-            receive = _replayed(body or b"", receive)
-
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
@@ -65,7 +56,34 @@ class Guard:
                     headers[name] = value
             await send(message)
 
-        await (refusal or self._app)(scope, receive, guarded)
+        refusal = _refused(scope)
+        if refusal is not None or scope["method"] != "POST":
+            await (refusal or self._app)(scope, receive, guarded)
+            return
+        if self._busy >= self._limits.requests:
+            await PlainTextResponse("too many requests", 429)(scope, receive, guarded)
+            return
+        self._busy += 1
+        try:
+            await self._post(scope, receive, guarded)
+        finally:
+            self._busy -= 1
+
+    async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hands a body on once it is there as a whole and holds nothing wrong."""
+        upload = scope["path"] == f"{_API}/upload"
+        most = self._limits.upload_bytes if upload else _JSON_BYTES
+        refusal = None
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                body = await _body(receive, most)
+        except TimeoutError:
+            body, refusal = b"", PlainTextResponse("the body took too long to arrive", 408)
+        if body is None:
+            refusal = PlainTextResponse(f"at most {most} bytes are allowed", 413)
+        elif refusal is None and not upload and _holds_address(body):
+            refusal = PlainTextResponse("not JSON, or a file by its address", 400)
+        await (refusal or self._app)(scope, _replayed(body or b"", receive), send)
 
 
 def _refused(scope: Scope) -> PlainTextResponse | None:

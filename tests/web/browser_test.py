@@ -25,10 +25,12 @@ SECONDS = 60_000  # milliseconds for an answer, on a busy machine too
 
 
 @pytest.fixture(scope="module")
-def address():
+def address(tmp_path_factory):
     """Where `internvl-jax web --checkpoint=demo` listens."""
     command = [sys.executable, "-m", "internvl_jax.cli", "web", "--checkpoint=demo", "--port=0"]
+    folder = tmp_path_factory.mktemp("server")
     environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment["TMPDIR"] = str(folder)
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
     ) as server:
@@ -42,6 +44,8 @@ def address():
         assert prepared == [f"preparing {tab.TITLE.lower()}" for tab in TABS]
         yield lines[-1].split()[1]
         server.terminate()
+        assert server.wait() == 143
+    assert not list(folder.glob("internvl-web-*"))  # uploads do not stay behind
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +192,7 @@ def test_chat_streams_its_answers_in_several_turns(page, picture):
     expect(answers).to_have_count(2)
     expect(answers.last).to_contain_text("square")
     assert panel.locator(".user.message img").count() == 1
+    panel.get_by_role("button", name="Stop").click()
     seen = page.evaluate("window.seen")
     assert any(
         first and second.startswith(first) and len(second) > len(first)

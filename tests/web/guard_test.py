@@ -14,7 +14,7 @@ from internvl_jax.server.requests import Limits
 from internvl_jax.web import app
 from internvl_jax.web.guard import HEADERS
 
-LIMITS = Limits(upload_bytes=200_000)
+LIMITS = Limits(upload_bytes=200_000, requests=8, body_seconds=5.0)
 API = "/gradio_api"
 
 
@@ -146,6 +146,19 @@ def test_bodies_are_small(port):
     assert join(port, "w" * (2 << 20))[0] == 413
     for body in (b"", b"{", b"[" * 100_000, b"\xff"):
         assert ask(port, "POST", f"{API}/queue/join", body)[0] == 400
+
+
+def test_bodies_that_never_come_are_given_up_and_keep_nobody_else_out_for_long(port):
+    slow = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(9)]
+    for one in slow:
+        one.sendall(
+            f"POST {API}/upload HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{{".encode()
+        )
+    codes = sorted(one.recv(4096).split(b" ", 2)[1] for one in slow)
+    assert codes == [b"408"] * 8 + [b"429"]
+    for one in slow:
+        one.close()
+    assert upload(port, "a.png", b"0")[0] == 200
 
 
 def test_what_was_uploaded_never_runs_in_the_browser(port):
