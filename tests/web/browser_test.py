@@ -52,6 +52,7 @@ def address(tmp_path_factory):
 def browser():
     chromium = shutil.which("chromium")
     assert chromium, "the browser is missing: apt-get install chromium"
+    expect.set_options(timeout=SECONDS)
     with sync_playwright() as playwright:
         # Its sandbox does not work for root, as whom continuous integration runs.
         opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
