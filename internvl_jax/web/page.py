@@ -20,6 +20,10 @@ THEME = gr.themes.Default(
     font=_FONTS,
     font_mono=_FONTS,
 ).set(  # enough contrast for small text
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_800",
     body_text_color_subdued="*neutral_600",
     body_text_color_subdued_dark="*neutral_300",
     block_label_text_color="*neutral_600",

@@ -111,7 +111,7 @@ class Tab:
                 )
                 with gr.Accordion("Templates", open=False):
                     templates = gr.Textbox(
-                        "\n".join(TEMPLATES["en"]), lines=3, label="One on each line",
+                        "\n".join(TEMPLATES["en"]), lines=3, label="Templates, one on each line",
                         info="Each label is put in place of {c}; the results are averaged.",
                     )  # fmt: skip
                 button = gr.Button("Classify", variant="primary")
