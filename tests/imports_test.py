@@ -53,6 +53,7 @@ ALLOWED = {
     },
     "adapters": {"data", "loading", "models", "sharding"},
     "server": {"data", "loading", "models", "serving", "slots"},
+    "web": {"data", "demo", "evals", "loading", "models", "server"},
     "conversion": {"convert", "models", "train"},
     "configuration": {"data", "evals", "models", "objectives"},
 }

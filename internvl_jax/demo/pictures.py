@@ -25,12 +25,14 @@ def data_uri(pixels: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def heat(pixels: np.ndarray, weights: np.ndarray, side: int = 96) -> np.ndarray:
-    """An image [H, W, 3] in grey with weights [G, G] as warm colours: uint8 [side, side, 3].
+def heat(
+    pixels: np.ndarray, weights: np.ndarray, size: tuple[int, int] = (96, 96)
+) -> np.ndarray:
+    """An image [H, W, 3] in grey with weights [G, G] as warm colours, uint8 [height, width, 3].
 
-    The scale is each map's own: its largest weight shines, its smallest stays grey.
+    size: (width, height). The scale is each map's own: its largest weight shines, its smallest
+    stays grey.
     """
-    size = (side, side)
     grey = Image.fromarray(pixels).convert("L").resize(size, Image.Resampling.BICUBIC)
     spread = np.ptp(weights)
     level = (weights - weights.min()) / (spread if spread > 0 else 1.0)

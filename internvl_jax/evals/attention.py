@@ -1,4 +1,4 @@
-"""Where the queries of the middleware look: their cross-attention over an image's patches."""
+"""Where a model looks in an image: the middleware's queries, and the tower's class token."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from internvl_jax.evals import features
 from internvl_jax.kernels import Full
-from internvl_jax.models import InternVLConfig, bind
+from internvl_jax.models import ChatConfig, InternVLConfig, VisionConfig, bind
 from internvl_jax.models.llama import default_positions
 from internvl_jax.sharding import replicate
 
@@ -44,3 +44,35 @@ def attention_maps(
     maps = features.in_batches(step, (images,), batch_size)[:, :, 1:]
     side = images.shape[1] // config.vit.patch_size
     return maps.reshape(*maps.shape[:2], side, -1)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _class_maps(params: features.Params, pixels: jax.Array, *, config) -> jax.Array:
+    vit = bind(config, params).vit
+    _, states = vit(pixels, hidden_states=True)
+
+    def layer(_, xs):
+        block, x = xs
+        query, key, _ = block.attn.project(block.norm1(x))
+        logits = jnp.einsum("bhd,bnhd->bhn", query[:, 0], key) * query.shape[-1] ** -0.5
+        return None, jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+
+    _, maps = jax.lax.scan(layer, None, (vit.blocks, states[:-1]))
+    return replicate(jnp.swapaxes(maps, 0, 1))
+
+
+def class_token_maps(
+    config: InternVLConfig | ChatConfig | VisionConfig,
+    params: features.Params,
+    images: np.ndarray,
+    batch_size: int = 100,
+) -> np.ndarray:
+    """The class token's attention over the patches in every block and head of the vision tower.
+
+    float32 [N, depth, H, G, G] for uint8 [N, H, W, 3]. A map sums to what the class token does not
+    give to itself.
+    """
+    step = functools.partial(_class_maps, params, config=config)
+    maps = features.in_batches(step, (images,), batch_size)[..., 1:]
+    side = images.shape[1] // config.vit.patch_size
+    return maps.reshape(*maps.shape[:3], side, -1)

@@ -49,6 +49,14 @@ class ViTAttention(nnx.Module):
         )
         return self.proj(checkpoint_name(mixed, "attention"), scale=scale)
 
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries and keys as they meet, and values, each [B, N, H, D]: for looking at them."""
+        query, key, value = jnp.split(self.qkv(x), 3, axis=-1)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (split_heads(a, self.heads) for a in (query, key, value))
+        return query, key, value
+
 
 class LlamaAttention(nnx.Module):
     """LLaMA self-attention with rotary positions and grouped queries.

@@ -172,6 +172,11 @@ def picture(url: Any, limits: Limits) -> Image.Image:
         raw = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
         raise ApiError(400, "the data URL is not valid base64", "url") from None
+    return decoded(raw, limits)
+
+
+def decoded(raw: bytes, limits: Limits) -> Image.Image:
+    """The RGB image in the bytes of a stranger's file, its size checked before it is decoded."""
     try:
         # Only these decoders look at a stranger's bytes.
         with Image.open(io.BytesIO(raw), formats=FORMATS) as header:

@@ -76,7 +76,7 @@ def test_axis_of_a_chart_spans_its_values():
 def test_heat_shines_where_the_weight_is():
     weights = np.zeros((6, 6), np.float32)
     weights[1, 4] = 1.0
-    shown = pictures.heat(np.full((48, 48, 3), 128, np.uint8), weights, side=96).astype(int)
+    shown = pictures.heat(np.full((48, 48, 3), 128, np.uint8), weights).astype(int)
     redness = shown[..., 0] - shown[..., 2]
     row, column = np.unravel_index(np.argmax(redness), redness.shape)
     assert 16 <= row < 32 and 64 <= column < 80

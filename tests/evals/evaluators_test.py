@@ -199,6 +199,25 @@ def test_attention_maps_are_probabilities_that_follow_the_image(params):
     np.testing.assert_allclose(turned[::-1], maps, atol=1e-6)
 
 
+def test_class_token_maps_are_the_weights_of_the_towers_own_attention(params):
+    """Values weighted by the maps give what the tower's attention gives to its class token."""
+    images = np.stack([sources.EmbeddedScenes("test", 3, 32).image(i) for i in range(3)])
+    maps = attention.class_token_maps(INTERNVL, params, images, batch_size=2)
+    depth, heads = INTERNVL.vit.depth, INTERNVL.vit.num_heads
+    assert maps.shape == (3, depth, heads, 4, 4)
+    vit = bind(INTERNVL, params).vit
+    _, states = vit(images, hidden_states=True)
+    for number in range(depth):
+        block = jax.tree.map(lambda leaf, i=number: leaf[i], vit.blocks)
+        x = block.norm1(states[number])
+        value = np.asarray(block.attn.project(x)[2])
+        weights = maps[:, number].reshape(3, heads, -1)
+        weights = np.concatenate([1 - weights.sum(axis=-1, keepdims=True), weights], axis=-1)
+        mixed = np.einsum("bhn,bnhd->bhd", weights, value).reshape(3, 1, -1)
+        given = block.attn.proj(mixed, scale=block.ls1[...])[:, 0]
+        np.testing.assert_allclose(given, block.attn(x, block.ls1[...])[:, 0], atol=1e-5)
+
+
 def test_options_come_from_the_config_and_its_data():
     built = evaluator.build(
         {"retrieval": {"every": 50, "modes": ["g"]}, "chat": {}},
