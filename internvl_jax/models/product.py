@@ -14,6 +14,10 @@ import jax.numpy as jnp
 from internvl_jax.sharding import physical, spec
 
 _ROWS = 8  # of a tile
+# Asked to scatter over so many devices that are a whole pod (v5e:8x8, v5p:4x4x4; v5e:16x16,
+# v6e:16x16, v5p:4x8x8), the TPU compiler sums the whole; in two steps it scatters. Over 128 it
+# scatters at once.
+_STEPS = {64: (16, 4), 256: (16, 16)}
 
 
 def product(
@@ -75,8 +79,28 @@ def _scatter(shape: tuple[int, ...], gradient: jax.Array) -> tuple[jax.Array]:
     rows, columns = shape
     lanes = next((n for n in (1280, 128) if rows * columns % n == 0), columns)
     flat = gradient.reshape(size, rows * columns // lanes, lanes)
-    part = jax.lax.psum_scatter(flat, "fsdp", scatter_dimension=0, tiled=True)
+    part = scatter(flat, _STEPS.get(size, (size,)))
     return (part.reshape(rows, columns),)
+
+
+def scatter(x: jax.Array, steps: tuple[int, ...]) -> jax.Array:
+    """[fsdp, …] of each device → [1, …]: the sum over `fsdp` of the part that is this device's.
+
+    steps: sizes of groups, whose product is `fsdp`. Of two, the first groups are of devices a
+    stride apart, the second of neighbours, among whom what is left is scattered.
+    """
+    if len(steps) == 1:
+        return jax.lax.psum_scatter(x, "fsdp", scatter_dimension=0, tiled=True)
+    far, near = steps
+    strided = [[i * near + j for i in range(far)] for j in range(near)]
+    neighbours = [[i * near + j for j in range(near)] for i in range(far)]
+    x = x.reshape(far, near, *x.shape[1:])
+    for groups in (strided, neighbours):
+        x = jax.lax.psum_scatter(
+            x, "fsdp", scatter_dimension=0, axis_index_groups=groups, tiled=True
+        )
+        x = x[0] if groups is strided else x
+    return x
 
 
 gather_rows.defvjp(lambda part: (gather_rows(part), part.shape), _scatter)
