@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from internvl_jax import sharding
-from internvl_jax.models.product import product, scatter
+from internvl_jax.models.product import gather, product, scatter
 from internvl_jax.plan import chips, schedule, topology
 
 RNG = np.random.default_rng(0)
@@ -77,9 +77,21 @@ def test_a_sum_is_scattered_alike_in_one_step_and_in_two(groups):
     np.testing.assert_allclose(got, parts.sum(axis=0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("groups", [(8,), (2, 4), (4, 2)])
+def test_rows_are_gathered_alike_in_one_step_and_in_two(groups):
+    mesh = sharding.make_mesh(1, 8, 1)
+    parts = RNG.normal(size=(16, 3, 5)).astype(np.float32)
+    rows = jax.sharding.PartitionSpec("fsdp")
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(parts, jax.sharding.NamedSharding(mesh, rows))
+        local = jax.shard_map(lambda x: gather(x, groups)[None], in_specs=rows, out_specs=rows)
+        got = jax.jit(local)(placed)
+    np.testing.assert_array_equal(got, np.broadcast_to(parts, (8, *parts.shape)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("pod", "shards"), [("v5e:16x16", 256), ("v5p:4x4x4", 64)])
-def test_the_tpu_compiler_scatters_a_gradient_over_a_whole_pod(pod, shards):
+def test_the_tpu_compiler_gathers_and_scatters_over_a_whole_pod(pod, shards):
     with topology.opened(pod) as devices:
         mesh = sharding.make_mesh(1, shards, 1, devices=devices)
         with jax.set_mesh(mesh):
@@ -94,4 +106,6 @@ def test_the_tpu_compiler_scatters_a_gradient_over_a_whole_pod(pod, shards):
     places = [device.coords for device in mesh.devices.flat]
     moved = schedule.read(text, chip, places, shape).bytes_by_kind()
     sent = (shards - 1) / shards * 4096 * 8192 * 2
-    assert moved.get("reduce-scatter", (0.0, 0.0))[0] == pytest.approx(sent, rel=0.1)
+    assert set(moved) == {"all-gather", "reduce-scatter"}
+    for kind, (whole, _) in moved.items():
+        assert whole == pytest.approx(sent, rel=0.1), kind
