@@ -15,6 +15,11 @@ from internvl_jax.models.int8 import Int8
 from internvl_jax.sharding import physical, reshard, spec
 
 _ROWS = 8  # of a tile
+# Asked to scatter over so many devices that are a whole pod (v5e:8x8, v5p:4x4x4; v5e:16x16,
+# v6e:16x16, v5p:4x8x8), the TPU compiler sums the whole; in two steps it scatters. Over 128 it
+# scatters at once. Gathers over the 64 of v5p:4x4x4 become sums as well.
+_SCATTERED = {64: (16, 4), 256: (16, 16)}
+_GATHERED = {64: (16, 4)}
 
 
 def product(
@@ -71,7 +76,8 @@ def gather_rows(part: jax.Array) -> jax.Array:
         shape = (rows // 2, 2, columns)
     else:
         shape = (rows, 2, columns // 2) if columns % 2 == 0 else (rows, columns)
-    whole = jax.lax.all_gather(part.reshape(shape), "fsdp", tiled=True)
+    size = jax.lax.axis_size("fsdp")
+    whole = gather(part.reshape(shape), _GATHERED.get(size, (size,)))
     return whole.reshape(-1, columns)
 
 
@@ -81,8 +87,37 @@ def _scatter(shape: tuple[int, ...], gradient: jax.Array) -> tuple[jax.Array]:
     rows, columns = shape
     lanes = next((n for n in (1280, 128) if rows * columns % n == 0), columns)
     flat = gradient.reshape(size, rows * columns // lanes, lanes)
-    part = jax.lax.psum_scatter(flat, "fsdp", scatter_dimension=0, tiled=True)
+    part = scatter(flat, _SCATTERED.get(size, (size,)))
     return (part.reshape(rows, columns),)
+
+
+def scatter(x: jax.Array, steps: tuple[int, ...]) -> jax.Array:
+    """[fsdp, …] of each device → [1, …]: the sum over `fsdp` of the part that is this device's.
+
+    steps: sizes of groups, whose product is `fsdp`. Of two, the first groups are of devices a
+    stride apart, the second of neighbours, among whom what is left is scattered.
+    """
+    if len(steps) == 1:
+        return jax.lax.psum_scatter(x, "fsdp", scatter_dimension=0, tiled=True)
+    x = x.reshape(*steps, *x.shape[1:])
+    strided, neighbours = _groups(*steps)
+    x = jax.lax.psum_scatter(x, "fsdp", axis_index_groups=strided)
+    return jax.lax.psum_scatter(x, "fsdp", axis_index_groups=neighbours)[None]
+
+
+def gather(x: jax.Array, steps: tuple[int, ...]) -> jax.Array:
+    """[rows, …] of each device → [fsdp · rows, …] of all; steps as in `scatter`, in reverse."""
+    if len(steps) == 1:
+        return jax.lax.all_gather(x, "fsdp", tiled=True)
+    for groups in reversed(_groups(*steps)):
+        x = jax.lax.all_gather(x, "fsdp", tiled=True, axis_index_groups=groups)
+    return x
+
+
+def _groups(far: int, near: int) -> tuple[list[list[int]], list[list[int]]]:
+    strided = [[i * near + j for i in range(far)] for j in range(near)]
+    neighbours = [[i * near + j for j in range(near)] for i in range(far)]
+    return strided, neighbours
 
 
 gather_rows.defvjp(lambda part: (gather_rows(part), part.shape), _scatter)

@@ -7,6 +7,7 @@ docs/scale.md says).
 """
 
 import dataclasses
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from internvl_jax.plan import (
 )
 
 GIB = 2**30
+# Estimated step time over the published one, less one, of each run that was compared
+# (benchmarks/plan_calibration.py, benchmarks/results/plan_calibration.json).
+ERRORS = (0.22,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Plan:
         lines.append(
             f"time        {self.estimated_step_s:.2f} s per step, MFU "
             f"{100 * self.estimated_mfu:.1f} %{days} "
-            "(estimate from the compiler's cycles, not calibrated against hardware)"
+            f"(estimate from the compiler's cycles; {calibration(ERRORS)})"
         )
         if self.untimed_kernels:
             lines.append(
@@ -106,6 +110,18 @@ class Plan:
             )
         lines.append(f"compiled    in {self.compile_s:.0f} s")
         return "\n".join(lines)
+
+
+def calibration(errors: Sequence[float]) -> str:
+    """How far estimated step times lay from published ones, in words."""
+    if len(errors) == 1:
+        return f"off by {100 * errors[0]:+.0f} % in the one published run compared"
+    low, high = 100 * min(errors), 100 * max(errors)
+    middle = 100 * statistics.median(abs(error) for error in errors)
+    return (
+        f"off by {low:+.0f} to {high:+.0f} %, median {middle:.0f} %, in {len(errors)} published "
+        "runs compared"
+    )
 
 
 def make(

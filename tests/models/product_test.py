@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from internvl_jax import sharding
-from internvl_jax.models.product import product
+from internvl_jax.models.product import gather, product, scatter
+from internvl_jax.plan import chips, schedule, topology
 
 RNG = np.random.default_rng(0)
 
@@ -62,3 +63,49 @@ def test_a_gradient_is_scattered_and_only_its_parts_are_added_over_replicas():
     moved = re.findall(r"= f32\[([\d,]+)\]\S* (all-reduce|reduce-scatter)\(", text)
     sizes = {kind: np.prod([int(n) for n in shape.split(",")]) for shape, kind in moved}
     assert sizes == {"reduce-scatter": 64 * 96 / 4, "all-reduce": 64 * 96 / 4}
+
+
+@pytest.mark.parametrize("groups", [(8,), (2, 4), (4, 2)])
+def test_a_sum_is_scattered_alike_in_one_step_and_in_two(groups):
+    mesh = sharding.make_mesh(1, 8, 1)
+    parts = RNG.normal(size=(8, 8, 3, 5)).astype(np.float32)  # device, part, …
+    rows = jax.sharding.PartitionSpec("fsdp")
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(parts, jax.sharding.NamedSharding(mesh, rows))
+        local = jax.shard_map(lambda x: scatter(x[0], groups), in_specs=rows, out_specs=rows)
+        got = jax.jit(local)(placed)
+    np.testing.assert_allclose(got, parts.sum(axis=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [(8,), (2, 4), (4, 2)])
+def test_rows_are_gathered_alike_in_one_step_and_in_two(groups):
+    mesh = sharding.make_mesh(1, 8, 1)
+    parts = RNG.normal(size=(16, 3, 5)).astype(np.float32)
+    rows = jax.sharding.PartitionSpec("fsdp")
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(parts, jax.sharding.NamedSharding(mesh, rows))
+        local = jax.shard_map(lambda x: gather(x, groups)[None], in_specs=rows, out_specs=rows)
+        got = jax.jit(local)(placed)
+    np.testing.assert_array_equal(got, np.broadcast_to(parts, (8, *parts.shape)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pod", "shards"), [("v5e:16x16", 256), ("v5p:4x4x4", 64)])
+def test_the_tpu_compiler_gathers_and_scatters_over_a_whole_pod(pod, shards):
+    with topology.opened(pod) as devices:
+        mesh = sharding.make_mesh(1, shards, 1, devices=devices)
+        with jax.set_mesh(mesh):
+            place = sharding.batch_sharding(mesh)
+            x = jax.ShapeDtypeStruct((shards, 8, 4096), "bfloat16", sharding=place)
+            place = jax.sharding.NamedSharding(mesh, sharding.spec("embed", "mlp"))
+            kernel = jax.ShapeDtypeStruct((4096, 8192), "float32", sharding=place)
+            gradient = jax.grad(lambda k, x: jnp.sum(product(x, k, ("embed", "mlp"), "mlp") ** 2))
+            traced = jax.jit(gradient).trace(kernel, x)
+            text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    chip, shape = chips.parse(pod)
+    places = [device.coords for device in mesh.devices.flat]
+    moved = schedule.read(text, chip, places, shape).bytes_by_kind()
+    sent = (shards - 1) / shards * 4096 * 8192 * 2
+    assert set(moved) == {"all-gather", "reduce-scatter"}
+    for kind, (whole, _) in moved.items():
+        assert whole == pytest.approx(sent, rel=0.1), kind

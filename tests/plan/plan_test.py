@@ -2,10 +2,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from internvl_jax.plan import compiling
+from internvl_jax.plan import compiling, plan
 
 ARGUMENTS = 2**30
 ALWAYS = {
@@ -45,6 +46,24 @@ def test_a_wrong_topology_is_an_error_before_anything_is_loaded():
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "v5e:16x16" in done.stderr
+
+
+def test_the_printed_calibration_is_the_measured_one():
+    results = Path(__file__).parents[2] / "benchmarks/results/plan_calibration.json"
+    recipes = json.loads(results.read_text(encoding="utf-8"))["recipes"]
+    errors = [recipe["error"] for recipe in recipes if recipe["error"] is not None]
+    assert tuple(round(error, 2) for error in errors) == plan.ERRORS
+
+
+@pytest.mark.parametrize(
+    ("errors", "words"),
+    [
+        ((0.22,), "off by +22 % in the one published run compared"),
+        ((0.22, -0.1, 0.05), "off by -10 to +22 %, median 10 %, in 3 published runs compared"),
+    ],
+)
+def test_a_calibration_in_words(errors, words):
+    assert plan.calibration(errors) == words
 
 
 def _plan(*flags):

@@ -1,6 +1,8 @@
 import os
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +26,26 @@ def _start(folder):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "TMPDIR": str(folder)},
+    )
+
+
+def test_without_libtpu_a_plan_names_the_command_that_installs_it(tmp_path):
+    """An environment as this one, but for that package."""
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if not entry.name.startswith("libtpu"):
+            (tmp_path / entry.name).symlink_to(entry)
+    paths = (tmp_path, Path(__file__).parents[2])
+    command = [sys.executable, "-S", "-m", "internvl_jax.cli", "plan", "--topology=v5e:2x2"]
+    done = subprocess.run(
+        [*command, "--config=stage1_contrastive:tiny"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: planning needs the TPU compiler, libtpu; install it with: "
+        "pip install 'internvl-jax[plan]'\n"
     )
 
 

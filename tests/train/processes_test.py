@@ -28,10 +28,15 @@ def cache():
 
 @pytest.fixture
 def start(tmp_path, cache):
-    """start(count, workdir, …) → the Runs of one job; whatever still runs at the end is killed."""
+    """start(count, workdir, …) → the Runs of one job; whatever still runs at the end is killed.
+
+    differing: {process: overrides of its own}; faults: {process: fault of the driver}.
+    """
     runs = []
 
-    def launch(count, workdir, *, limits=None, processes=None, differing=None, **overrides):
+    def launch(
+        count, workdir, *, limits=None, processes=None, differing=None, faults=None, **overrides
+    ):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -39,7 +44,8 @@ def start(tmp_path, cache):
         for number in range(count) if processes is None else processes:
             settings = {**RUN, **overrides, **(differing or {}).get(number, {})}
             member = None if count == 1 else (number, count, port, limits or {})
-            arguments = (str(workdir), cache, settings, ("rows",), member)
+            fault = (faults or {}).get(number, ("rows",))
+            arguments = (str(workdir), cache, settings, fault, member)
             job.append(driver.Run(tmp_path / f"{len(runs)}.log", driver.train, *arguments))
             runs.append(job[-1])
         return job
@@ -104,6 +110,36 @@ def test_processes_that_differ_say_where_before_they_train(start, tmp_path):
         assert "on process 1" in message and "config.seed is 7 instead of 0" in message, message
         assert "config.optimizer.clip_norm is 2.0 instead of 1.0" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_other_code_say_so_before_they_train(start, tmp_path):
+    job = start(2, tmp_path / "run", faults={1: ("code", str(tmp_path / "patched"))})
+    assert [run.finish() for run in job] == [1, 1]
+    for run in job:
+        message = run.output()
+        assert re.search(
+            r"on process 1 \(\S+\) code\.internvl_jax is '(\w{12})' instead of '(?!\1)\w{12}' ",
+            message,
+        ), message
+        assert "Start all with the same command, code and data" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_other_data_say_so_before_they_train(start, tmp_path):
+    """One host's copy of the file lacks what was corrected in a caption."""
+    for number, caption in enumerate(("a red circle", "a red circel")):
+        folder = tmp_path / f"host{number}"
+        folder.mkdir()
+        lines = [json.dumps({"image": f"{n}.png", "caption": caption}) for n in range(12)]
+        (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    faults = {number: ("elsewhere", str(tmp_path / f"host{number}")) for number in range(2)}
+    sources = {"data.sources": '(("jsonl:pairs.jsonl", 1.0),)'}
+    job = start(2, tmp_path / "run", faults=faults, **sources)
+    assert [run.finish() for run in job] == [1, 1]
+    for run in job:
+        message = run.output()
+        assert re.search(r"on process 1 \(\S+\) data is '\w{64}' instead of '\w{64}' ", message)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_missing_processes_end_the_wait_with_a_message(start, tmp_path):
