@@ -149,6 +149,7 @@ def _questions() -> list[str]:
     for number, place in enumerate(pictures.EXAMPLES):
         language = text.LANGUAGES[number % len(text.LANGUAGES)]
         known = questions.about_scene(scenes.scene(*place).description, language)
-        # The fourth and fifth ask for colour and shape of one object, or which of two is where.
-        asked.append(known[3 + number // 2 % 2][0])
+        # The fourth and fifth ask for colour and shape of one object, or which of two is where; a
+        # language that comes again asks the other.
+        asked.append(known[3 + (number + number // len(text.LANGUAGES)) % 2][0])
     return asked
