@@ -51,7 +51,7 @@ class Known:
         for i, j in itertools.product(range(len(hashing.PARTS)), repeat=2):
             if not (i and j) and self.keys[i] & other.keys[j]:
                 one, two = self.views[i], other.views[j]
-                allowed = (0.3 * min(one.std(), two.std())) ** 2 + 1
+                allowed = (0.35 * min(one.std(), two.std())) ** 2 + 1
                 if ((one - two) ** 2).mean() <= allowed:
                     return True
         return False
