@@ -1,9 +1,12 @@
-"""Fingerprints under which near-duplicates meet: images by brightness steps, captions by words.
+"""What near-duplicates are known by: images by a thumbnail, captions by their words.
 
-An image has one hash of the whole and some of parts of it, so that a copy with its border cut off
-meets the original: hash of the copy's whole = hash of the original's part.
+Images are compared by views of their thumbnails: of the whole and of some of its parts, so that a
+copy with its border cut off meets the original (view of the copy's whole = view of the original's
+part). Which of a view's lowest frequencies are positive is a key under which near-duplicates meet;
+whether two that meet are copies is told by the difference of their views.
 """
 
+import functools
 import hashlib
 import itertools
 import re
@@ -11,6 +14,7 @@ import re
 import numpy as np
 from PIL import Image
 
+SIDE = 24  # of a thumbnail, in pixels
 # Parts of an image as shares of its sides: the whole, and what is left of it without a border of
 # 2.5 or 5 % all round, or of 5 % at a corner or a side.
 PARTS = (
@@ -26,44 +30,108 @@ PARTS = (
     (0.0, 0.0, 0.95, 1.0),
     (0.0, 0.0, 1.0, 0.95),
 )
-IMAGE_BITS = 7  # of 64 that may differ between near-duplicates
-IMAGE_BANDS = 4  # of 16 bits: hashes that differ in up to three bits share one of them
+KEY_BITS = 18  # the lowest frequencies of a view, by sign
+PROBES = 5  # of them, the least certain, of which the view of a whole takes either sign
+HEAD = 8  # of the lowest frequencies, the mean first, by which most pairs are told apart
+ZERO = 0.5  # of 255, above which a frequency counts: in symmetric images many are none at all
+IMAGE_SHARE = 0.35  # of the contrast, by which copies may differ (root mean square) ...
+IMAGE_NOISE = 1.0  # ... besides this much of 255 that encoding costs
+PLAIN = 1.0  # of 255: an image of less contrast has nothing in it to be compared
 WORD_HASHES, CAPTION_BANDS = 64, 8  # a signature is cut into bands of eight
 CAPTION_SHARE = 0.8  # of the signature that near-duplicate captions have in common
-_SIDE = 144  # pixels per side of what the hashes are taken from
-_PLAIN = 3  # of 64 steps: an image with fewer up or down has too little in it to be told apart
+_GRID = 12  # cells per side of a view
 
 
-def image_hashes(picture: Image.Image) -> np.ndarray:
-    """uint64 [parts], or all zero for an image that is nearly of one colour.
+def thumbnail(picture: Image.Image) -> np.ndarray:
+    """Brightness of an image in few pixels: uint8 [SIDE * SIDE]."""
+    small = picture.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+    return np.asarray(small, np.uint8).ravel()
 
-    A bit tells whether the brightness rises from one cell of a 9 x 8 grid to the next.
+
+@functools.cache
+def _view_matrices() -> np.ndarray:
+    """float32 [parts, pixels, cells]: mean brightness of the cells of each part."""
+    left, right = np.arange(SIDE), np.arange(1, SIDE + 1)
+
+    def cells(start: float, end: float) -> np.ndarray:  # [cells, pixels], rows add to 1
+        edges = np.linspace(start * SIDE, end * SIDE, _GRID + 1)[:, None]
+        covered = np.minimum(edges[1:], right) - np.maximum(edges[:-1], left)
+        return np.clip(covered, 0, None) / (edges[1:] - edges[:-1])
+
+    found = [np.kron(cells(top, bottom), cells(a, b)).T for a, top, b, bottom in PARTS]
+    return np.stack(found).astype(np.float32)
+
+
+@functools.cache
+def _frequencies() -> np.ndarray:
+    """float32 [cells, 1 + KEY_BITS]: the lowest of the cosine transform, the mean first.
+
+    Scaled so that the squares of all that it leads to would add to the mean square of the view.
     """
-    small = picture.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
-    hashes = []
-    for part in PARTS:
-        box = tuple(share * _SIDE for share in part)
-        grid = small.resize((9, 8), Image.Resampling.BOX, box=box)
-        cells = np.asarray(grid, np.int16)
-        bits = (cells[:, 1:] > cells[:, :-1]).ravel()
-        hashes.append(int(np.packbits(bits).view(">u8")[0]))
-    steps = hashes[0].bit_count()
-    if not _PLAIN <= steps <= 64 - _PLAIN:
-        hashes = [0] * len(PARTS)
-    return np.array(hashes, np.uint64)
+    number = np.arange(_GRID)
+    wave = np.cos(np.pi * np.outer(number, number + 0.5) / _GRID) * np.sqrt(2 / _GRID)
+    wave[0] /= np.sqrt(2)
+    order = sorted(itertools.product(range(_GRID), repeat=2), key=lambda uv: (sum(uv), uv))
+    waves = [np.outer(wave[u], wave[v]).ravel() / _GRID for u, v in order[: 1 + KEY_BITS]]
+    return np.stack(waves, axis=1).astype(np.float32)
 
 
-def image_keys(hashes: np.ndarray) -> np.ndarray:
-    """Keys uint64 [..., bands] of hashes [...]: near-duplicates share one."""
-    width = 64 // IMAGE_BANDS
-    shifts = np.arange(IMAGE_BANDS, dtype=np.uint64) * np.uint64(width)
-    bits = (hashes[..., None] >> shifts) & np.uint64((1 << width) - 1)
-    return bits | np.arange(IMAGE_BANDS, dtype=np.uint64) << np.uint64(width)
+def views(thumbnails: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """View float32 [N, cells] of a part of each thumbnail uint8 [N, pixels]: parts int [N]."""
+    found = np.empty((len(thumbnails), _GRID * _GRID), np.float32)
+    for part in np.unique(parts):
+        chosen = parts == part
+        found[chosen] = thumbnails[chosen].astype(np.float32) @ _view_matrices()[part]
+    return found
 
 
-def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Number of bits that differ."""
-    return np.bitwise_count(a ^ b)
+def contrast(view: np.ndarray) -> np.ndarray:
+    """Standard deviation [...] of the brightness of views [..., cells]."""
+    return view.std(axis=-1)
+
+
+def copies(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """Whether views [..., cells] differ by no more than a copy from its original: bool [...]."""
+    difference = np.square(one - two).mean(axis=-1)
+    return difference <= tolerance(np.minimum(contrast(one), contrast(two)))
+
+
+def tolerance(least: np.ndarray) -> np.ndarray:
+    """Mean square by which copies may differ, by the smaller contrast of their views."""
+    return (IMAGE_SHARE * least) ** 2 + IMAGE_NOISE**2
+
+
+def image_keys(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Keys under which views of N thumbnails meet, K each: the whole's under every sign of its
+    least certain frequencies, then one of each other part.
+
+    Returns keys uint64 [N, K], part uint8 [K], head int8 [N, K, HEAD], and the contrast, rounded
+    up, uint8 [N, K]; 0 where the image is too plain.
+    """
+    flips = np.array(list(itertools.product((0, 1), repeat=PROBES)), np.uint64)  # [probes, bits]
+    part = np.array([0] * len(flips) + list(range(1, len(PARTS))), np.uint8)
+    count = len(thumbnails)
+    keys = np.empty((count, len(part)), np.uint64)
+    head = np.empty((count, len(part), HEAD), np.int8)
+    spread = np.empty((count, len(part)), np.uint8)
+    powers = np.uint64(1) << np.arange(KEY_BITS, dtype=np.uint64)
+    pixels = thumbnails.astype(np.float32)
+    for number in range(len(PARTS)):
+        columns = np.flatnonzero(part == number)
+        view = pixels @ _view_matrices()[number]
+        waves = view @ _frequencies()
+        signs = waves[:, 1:] - ZERO
+        key = (signs > 0).astype(np.uint64) @ powers
+        if number == 0:
+            doubtful = np.argsort(np.abs(signs), axis=1, kind="stable")[:, :PROBES]
+            keys[:, columns] = key[:, None] ^ (powers[doubtful] @ flips.T)
+            plain = contrast(view) < PLAIN
+        else:
+            keys[:, columns] = key[:, None]
+        waves[:, 0] -= 128
+        head[:, columns] = np.clip(np.rint(waves[:, None, :HEAD]), -128, 127)
+        spread[:, columns] = np.where(plain, 0, np.ceil(contrast(view)))[:, None]
+    return keys, part, head, spread
 
 
 def caption_signature(caption: str) -> np.ndarray:

@@ -1,25 +1,26 @@
 """Which records are near-duplicates of earlier ones: a shard, and a part of the keys, at a time.
 
 A shard's keys are written in parts by their value, so that equal keys of all shards meet in one
-part; a part is then worked through alone. Hashes of images stand beside their keys; signatures of
-captions lie in one array per shard, which is mapped into memory. A record goes if it is near an
+part; a part is then worked through alone. Thumbnails of images and signatures of captions lie in
+one array per shard, which is mapped into memory; what rules most pairs of images out stands beside
+their keys. A record goes if it is near an
 earlier one, or one of those to exclude, whatever becomes of that one; so the result does not depend
 on any order of the work.
 """
 
-import bisect
 import dataclasses
 import itertools
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from pyarrow import parquet
 
 from internvl_jax.data.curate import hashing
 
-KEY = np.dtype([("key", "<u8"), ("record", "<u8"), ("hash", "<u8"), ("whole", "?")])
+KEY = np.dtype([("key", "<u8"), ("record", "<u8")])
+IMAGE_KEY = np.dtype([*KEY.descr, ("part", "u1"), ("spread", "u1"), ("head", "i1", hashing.HEAD)])
 KINDS = ("images", "captions")
 _MOST = 20_000  # entries of one key that are compared with one another
 _BLOCK = 256  # of them at a time
@@ -50,26 +51,29 @@ class Work:
 
 
 def write_keys(work: Work, shard: int, hashes: np.ndarray) -> None:
-    """The hashes of a shard's records, and their keys in parts."""
+    """What is compared of a shard's records, and their keys in parts."""
+    save(work.hashes(shard), hashes)
     records = np.arange(len(hashes), dtype=np.uint64) + np.uint64(work.starts[shard])
     if work.kind == "images":
-        keys = hashing.image_keys(hashes)  # [N, parts of the image, bands]
-        kept, values = hashes != 0, hashes[..., None]
+        entries = _image_entries(records, hashes)
     else:
-        save(work.hashes(shard), hashes)
-        keys = hashing.caption_keys(hashes)[:, None]
-        kept, values = hashes.any(axis=1, keepdims=True), 0
-    entries = np.empty(keys.shape, KEY)
-    entries["key"] = keys
-    entries["record"] = records[:, None, None]
-    entries["hash"] = values
-    entries["whole"] = (np.arange(keys.shape[1]) == 0)[:, None]
-    entries = entries[np.broadcast_to(kept[..., None], keys.shape)]
+        keys = hashing.caption_keys(hashes)
+        entries = np.empty(keys.shape, KEY)
+        entries["key"], entries["record"] = keys, records[:, None]
+        entries = entries[hashes.any(axis=1)].ravel()
     part = entries["key"] % np.uint64(work.parts)
     order = np.argsort(part, kind="stable")
     entries, ends = entries[order], np.cumsum(np.bincount(part.astype(int), minlength=work.parts))
     for number in range(work.parts):
         save(work.keys(shard, number), entries[ends[number - 1] if number else 0 : ends[number]])
+
+
+def _image_entries(records: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
+    keys, part, head, spread = hashing.image_keys(thumbnails)
+    entries = np.empty(keys.shape, IMAGE_KEY)
+    entries["key"], entries["record"], entries["part"] = keys, records[:, None], part
+    entries["head"], entries["spread"] = head, spread
+    return entries[spread[:, 0] > 0].ravel()
 
 
 def match(work: Work, part: int) -> None:
@@ -78,13 +82,12 @@ def match(work: Work, part: int) -> None:
     entries = np.concatenate([np.load(work.keys(shard, part)) for shard in shards])
     entries = entries[np.lexsort((entries["record"], entries["key"]))]
     removed: set[int] = set()
-    if work.kind == "images":
-        for group in _groups(entries):
-            removed.update(_near_images(group))
-    else:
-        stored = [np.load(work.hashes(shard), mmap_mode="r") for shard in shards]
-        for group in _groups(entries):
-            removed.update(_near_captions(group, work.starts, stored))
+    stored = _Stored(
+        np.array(work.starts), [np.load(work.hashes(shard), mmap_mode="r") for shard in shards]
+    )
+    near = _near_images if work.kind == "images" else _near_captions
+    for group in _groups(entries):
+        removed.update(near(group, stored))
     found = np.array(sorted(removed), np.uint64)
     save(work.removed(part), found[found >= work.excluded])
 
@@ -99,44 +102,85 @@ def _groups(entries: np.ndarray) -> Iterator[np.ndarray]:
                 yield piece
 
 
-def _near_images(group: np.ndarray) -> Iterator[int]:
-    """Records of a group that are near an earlier one of it."""
-    hashes, records, whole = group["hash"], group["record"], group["whole"]
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """Arrays of all shards, mapped into memory."""
+
+    starts: np.ndarray
+    arrays: list[np.ndarray]
+
+    def __getitem__(self, records: np.ndarray) -> np.ndarray:
+        records = records.astype(np.int64)
+        shards = np.searchsorted(self.starts, records, side="right") - 1
+        found = np.empty((len(records), self.arrays[0].shape[1]), self.arrays[0].dtype)
+        for shard in np.unique(shards):
+            chosen = shards == shard
+            found[chosen] = self.arrays[shard][records[chosen] - self.starts[shard]]
+        return found
+
+
+def _near_images(group: np.ndarray, stored: _Stored) -> Iterator[int]:
+    """Records of a group that are copies of an earlier one of it, by the views that meet."""
     for start in range(0, len(group), _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        near = hashing.distance(hashes[rows, None], hashes) <= hashing.IMAGE_BITS
-        # Of two parts of images one is a whole: parts of two images prove nothing.
-        near &= whole[rows, None] | whole
-        near &= records < records[rows, None]
-        yield from records[rows][near.any(axis=1)].tolist()
+        rows = group[start : start + _BLOCK]
+        open_pairs = _possible(rows, group)
+        found = np.zeros(len(rows), bool)
+        # One pair of each row at a time: most rows that are copies are so by their first pair.
+        while len(active := np.flatnonzero(open_pairs.any(axis=1))):
+            others = open_pairs[active].argmax(axis=1)
+            one, two = (
+                hashing.views(stored[entries["record"]], entries["part"])
+                for entries in (rows[active], group[others])
+            )
+            open_pairs[active, others] = False
+            same = active[hashing.copies(one, two)]
+            found[same] = True
+            open_pairs[same] = False
+        yield from rows["record"][found].tolist()
 
 
-def _near_captions(group: np.ndarray, starts: Sequence[int], stored: Sequence) -> Iterator[int]:
-    records = group["record"].tolist()
-    signatures = []
-    for record in records:
-        shard = bisect.bisect_right(starts, record) - 1
-        signatures.append(stored[shard][record - starts[shard]])
-    signatures = np.stack(signatures)
+def _possible(rows: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Pairs bool [rows, group] whose lowest frequencies do not rule out that they are copies.
+
+    The difference of all frequencies is at least that of these, each of which is rounded.
+    """
+    one, two = (entries["head"].astype(np.float32) for entries in (rows, group))
+    square = (one**2).sum(axis=1)[:, None] + (two**2).sum(axis=1) - 2 * one @ two.T
+    spread = np.minimum(rows["spread"][:, None], group["spread"]).astype(np.float32)
+    possible = np.sqrt(square) <= np.sqrt(hashing.tolerance(spread)) + np.sqrt(hashing.HEAD)
+    # Of two parts of images one is a whole: parts of two images prove nothing.
+    possible &= (rows["part"] == 0)[:, None] | (group["part"] == 0)
+    return possible & (group["record"] < rows["record"][:, None])
+
+
+def _near_captions(group: np.ndarray, stored: _Stored) -> Iterator[int]:
+    signatures = stored[group["record"]]
     for row in range(1, len(group)):
         share = (signatures[:row] == signatures[row]).mean(axis=1)
         if (share >= hashing.CAPTION_SHARE).any():
-            yield records[row]
+            yield int(group["record"][row])
 
 
 def hashes_of(path: str, kind: str) -> np.ndarray:
     """What is compared of each record of a score file; zeros where there is nothing."""
-    width = len(hashing.PARTS) if kind == "images" else hashing.WORD_HASHES
-    column = "image_hashes" if kind == "images" else "caption"
+    column = "thumbnail" if kind == "images" else "caption"
+    nothing = bytes(hashing.SIDE**2)
     found = []
     with parquet.ParquetFile(path) as file:
+        if column not in file.schema_arrow.names:
+            raise ValueError(
+                f"{path} has no column {column!r}: it is of an earlier version; make the scores "
+                "again with `internvl-jax data score` in another folder"
+            )
         for batch in file.iter_batches(columns=[column]):
             for value in batch.column(0).to_pylist():
                 if kind == "captions":
                     found.append(hashing.caption_signature(value or ""))
                 else:
-                    found.append(np.array(value or [0] * width, np.uint64))
-    dtype = np.uint64 if kind == "images" else np.uint32
+                    found.append(np.frombuffer(value or nothing, np.uint8))
+    width, dtype = (
+        (hashing.SIDE**2, np.uint8) if kind == "images" else (hashing.WORD_HASHES, np.uint32)
+    )
     return np.stack(found) if found else np.zeros((0, width), dtype)
 
 

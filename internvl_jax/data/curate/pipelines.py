@@ -75,7 +75,7 @@ class _Filter:
         number, path, start = job
         kept, removed = [], Counter()
         with parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name != "image_hashes"]
+            columns = [name for name in file.schema_arrow.names if name != "thumbnail"]
             for batch in file.iter_batches(columns=columns):
                 for row in batch.to_pylist():
                     cause = rules.fault(row, self.wanted, self.stage1)

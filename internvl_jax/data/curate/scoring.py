@@ -1,8 +1,8 @@
 """Scores of every record of a source: one parquet file per shard, written once and whole.
 
 Columns: row (number in the shard), error (cause, for a record that cannot be used), width, height,
-caption, similarity, watermark, unsafe, aesthetic, image_hashes. A similarity that no encoder gave
-comes from the record's metadata, as do the other signals.
+caption, similarity, watermark, unsafe, aesthetic, thumbnail (`hashing.thumbnail`). A similarity
+that no encoder gave comes from the record's metadata, as do the other signals.
 """
 
 import json
@@ -28,7 +28,7 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("caption", pa.string()),
         *((name, pa.float32()) for name in SIGNALS),
-        ("image_hashes", pa.list_(pa.uint64())),
+        ("thumbnail", pa.binary()),
     ]
 )
 # (images, captions) of a part of a shard → cosine of each pair
@@ -114,7 +114,7 @@ def _rows(source, indices, start, encoder):
                 raise RecordError("missing_image", "only records with one image are scored")
             picture = image.decoded(found)
             row["width"], row["height"] = picture.size
-            row["image_hashes"] = hashing.image_hashes(picture).tolist()
+            row["thumbnail"] = hashing.thumbnail(picture).tobytes()
             row |= _signals(source.metadata_in(handle))
             pictures.append((row, picture))
         except RecordError as error:

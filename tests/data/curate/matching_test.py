@@ -65,8 +65,8 @@ def originals():
 
 @pytest.mark.parametrize("kind", COPIES)
 def test_planted_copies_are_found_and_little_else(tmp_path, originals, kind):
-    first = np.stack([hashing.image_hashes(p) for p in originals])
-    copies = np.stack([hashing.image_hashes(COPIES[kind](p)) for p in originals])
+    first = np.stack([hashing.thumbnail(p) for p in originals])
+    copies = np.stack([hashing.thumbnail(COPIES[kind](p)) for p in originals])
     count = len(originals)
     alone = removed(tmp_path / "alone", first)
     assert len(alone) <= 0.001 * count * (count - 1) / 2
@@ -74,41 +74,48 @@ def test_planted_copies_are_found_and_little_else(tmp_path, originals, kind):
     assert sum(n >= count for n in found) >= 0.95 * count
 
 
-def brute(hashes, excluded=0):
-    """The definition: within the bits of an earlier record, one of the two hashes of a whole, and
-    equal in one band."""
-    found = set()
-    for later in range(len(hashes)):
-        for earlier in range(later):
-            for a in range(len(hashes[0])):
-                for b in range(len(hashes[0])):
-                    x, y = int(hashes[earlier, a]), int(hashes[later, b])
-                    if (a and b) or not x or not y or later < excluded:
-                        continue
-                    bands = any((x ^ y) >> s & 0xFFFF == 0 for s in (0, 16, 32, 48))
-                    if bands and (x ^ y).bit_count() <= hashing.IMAGE_BITS:
-                        found.add(later)
-    return found
+def brute(known, excluded=0):
+    """Records that the definition calls near an earlier one."""
+    return {
+        later
+        for later in range(excluded, len(known))
+        if any(known[later].near(known[earlier]) for earlier in range(later))
+    }
 
 
 @pytest.mark.parametrize("cuts, parts", [((), 1), ((10,), 4), ((5, 17, 40), 7)])
-def test_equals_the_definition_for_any_shards_and_parts(tmp_path, cuts, parts):
+def test_equals_the_definition_for_any_shards_and_parts(tmp_path, definition, cuts, parts):
     rng = np.random.default_rng(3)
-    bases = rng.integers(0, 1 << 63, (12, len(hashing.PARTS)), np.uint64)
-    hashes = bases[rng.integers(0, 12, 60)].copy()
-    for row in hashes:
-        for _ in range(int(rng.integers(0, 14))):
-            row[int(rng.integers(len(row)))] ^= np.uint64(1) << np.uint64(rng.integers(64))
-    hashes[[4, 9]] = 0
+    bases = [definition.smooth(rng, contrast) for contrast in (60, 60, 30, 30, 10, 5, 2) * 2]
+    rows = [definition.altered(rng, bases[int(rng.integers(len(bases)))]) for _ in range(60)]
+    rows[4][:] = rows[9][:] = 0
+    known = [definition.Known(row) for row in rows]
     for excluded in (0, 20):
+        expected = brute(known, excluded)
         folder = tmp_path / str(excluded)
-        assert removed(folder, hashes, cuts=cuts, parts=parts, excluded=excluded) == brute(
-            hashes, excluded
-        )
+        assert removed(folder, np.stack(rows), "images", cuts, parts, excluded) == expected
+        assert 5 < len(expected) < 50 - excluded
 
 
-def test_plain_images_are_never_duplicates():
-    assert not hashing.image_hashes(Image.new("RGB", (50, 50), "white")).any()
+def test_many_copies_of_one_image_go_but_the_first(tmp_path, definition):
+    rows = np.tile(definition.smooth(np.random.default_rng(0)), (700, 1))
+    assert removed(tmp_path / "x", rows, cuts=(300,)) == set(range(1, 700))
+
+
+@pytest.mark.parametrize("color", ["white", (3, 90, 200), "black"])
+def test_plain_images_are_never_duplicates(tmp_path, color):
+    picture = Image.new("RGB", (50, 50), color)
+    assert not removed(tmp_path / "x", np.stack([hashing.thumbnail(picture)] * 3))
+
+
+def test_nearly_plain_images_are_told_apart_and_their_copies_found(tmp_path):
+    """Skies: a bright one, a darker one and one that darkens the other way."""
+    ramp = np.broadcast_to(np.linspace(0, 24, 200), (160, 200))
+    skies = [Image.fromarray((base + sign * ramp).astype(np.uint8)) for base, sign in
+             ((200, 1), (150, 1), (224, -1))]
+    copies = [jpeg(sky, 40) for sky in skies]
+    rows = np.stack([hashing.thumbnail(sky) for sky in (*skies, *copies)])
+    assert removed(tmp_path / "x", rows) == {3, 4, 5}
 
 
 def test_captions_that_say_the_same(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 from pyarrow import parquet
 
 from internvl_jax.data import sources
-from internvl_jax.data.curate import hashing, rules, scoring
+from internvl_jax.data.curate import rules, scoring
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 PYTHON = ROOT / ".venv-curate" / "bin" / "python"
@@ -32,26 +32,24 @@ def run(*words):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def score_rows(count, seed=0):
+def score_rows(definition, count, seed=0):
     """Rows as `data score` writes them, some of which each rule removes, some near-duplicates."""
     rng = np.random.default_rng(seed)
     words = ["a", "red", "dog", "runs", "on", "the", "beach", "with", "old", "man", "click here",
              "sky", "404 error", "tree", "house", "river"]
     rows = []
     for n in range(count):
-        hashes = rng.integers(1, 1 << 63, len(hashing.PARTS), np.uint64)
-        if n > 20 and rng.random() < 0.2:  # a copy of an earlier one, a few bits away
-            earlier = rows[int(rng.integers(n))]
-            if earlier["image_hashes"]:
-                hashes = np.array(earlier["image_hashes"], np.uint64)
-                for _ in range(int(rng.integers(3))):
-                    hashes[0] ^= np.uint64(1) << np.uint64(rng.integers(64))
+        thumbnail = definition.smooth(rng)
+        if n > 20 and rng.random() < 0.2:  # of the same as an earlier one
+            earlier = rows[int(rng.integers(n))]["thumbnail"]
+            if earlier:
+                thumbnail = definition.altered(rng, np.frombuffer(earlier, np.uint8))
         row = {"row": n, "error": None, "width": int(rng.integers(20, 900)), "height": 300,
                "caption": " ".join(rng.choice(words, int(rng.integers(1, 14)))),
                "similarity": float(rng.uniform(0.1, 0.5)), "watermark": float(rng.random()),
-               "unsafe": None, "aesthetic": 5.0, "image_hashes": hashes.tolist()}
+               "unsafe": None, "aesthetic": 5.0, "thumbnail": thumbnail.tobytes()}
         if rng.random() < 0.02:
-            row |= {"error": "corrupt_image", "width": None, "caption": None, "image_hashes": None}
+            row |= {"error": "corrupt_image", "width": None, "caption": None, "thumbnail": None}
         rows.append(row)
     return rows
 
@@ -66,8 +64,8 @@ def write_scores(folder, rows, shards):
     return folder
 
 
-def test_filter_equals_plain_python(tmp_path):
-    rows = score_rows(3000)
+def test_filter_equals_plain_python(tmp_path, definition):
+    rows = score_rows(definition, 3000)
     scores = write_scores(tmp_path / "scores", rows, 7)
     out = tmp_path / "keep.npy"
     figures = run("filter", scores, f"--out={out}", "--rules=stage1,stage2", "--min_side=64")
@@ -79,32 +77,20 @@ def test_filter_equals_plain_python(tmp_path):
     assert len(removed) > 5
 
 
-def near(a, b):
-    """Two records' hashes, by the definition in words."""
-    for i, x in enumerate(a):
-        for j, y in enumerate(b):
-            if (i and j) or not x or not y:
-                continue
-            bits = x ^ y
-            if bits.bit_count() <= hashing.IMAGE_BITS and any(
-                bits >> s & 0xFFFF == 0 for s in (0, 16, 32, 48)
-            ):
-                return True
-    return False
-
-
-def test_dedup_equals_plain_python(tmp_path):
-    rows, held_out = score_rows(240, seed=1), score_rows(30, seed=2)
-    held_out[3]["image_hashes"] = rows[5]["image_hashes"] = [7 << 40] * len(hashing.PARTS)
+def test_dedup_equals_plain_python(tmp_path, definition):
+    rows, held_out = (score_rows(definition, *about) for about in ((240, 1), (30, 2)))
+    held_out[3]["thumbnail"] = rows[5]["thumbnail"]
     scores = write_scores(tmp_path / "scores", rows, 5)
     exclude = write_scores(tmp_path / "held_out", held_out, 2)
     out = tmp_path / "keep.npy"
     figures = run("dedup", scores, f"--out={out}", f"--exclude={exclude}", "--by=images")
-    hashes = [row["image_hashes"] or [] for row in rows]
-    before = [row["image_hashes"] or [] for row in held_out]
+    before, known = (
+        [definition.Known(np.frombuffer(row["thumbnail"] or bytes(576), np.uint8)) for row in some]
+        for some in (held_out, rows)
+    )
     gone = {
         n for n in range(len(rows))
-        if any(near(other, hashes[n]) for other in [*before, *hashes[:n]])
+        if any(known[n].near(other) for other in [*before, *known[:n]])
     }
     assert 5 in gone and len(gone) > 20
     np.testing.assert_array_equal(np.load(out), sorted(set(range(len(rows))) - gone))
@@ -120,8 +106,16 @@ def test_the_lists_apply_to_the_source_that_was_scored(tmp_path):
     assert len(kept) == figures["kept"] == 840
 
 
-def test_missing_score_files_are_told(tmp_path):
-    scores = write_scores(tmp_path / "scores", score_rows(20), 3)
+def test_missing_score_files_are_told(tmp_path, definition):
+    scores = write_scores(tmp_path / "scores", score_rows(definition, 20), 3)
     (scores / "000001-x.parquet").unlink()
     with pytest.raises(AssertionError, match="lacks the score files of 1 shards, the first is"):
         run("filter", scores, f"--out={tmp_path}/keep.npy")
+
+
+def test_scores_of_an_earlier_version_are_told(tmp_path, definition):
+    scores = write_scores(tmp_path / "scores", score_rows(definition, 20), 1)
+    path = scores / "000000-x.parquet"
+    parquet.write_table(parquet.read_table(path).drop_columns(["thumbnail"]), path)
+    with pytest.raises(AssertionError, match="no column 'thumbnail': it is of an earlier version"):
+        run("dedup", scores, f"--out={tmp_path}/keep.npy")

@@ -33,8 +33,8 @@ def test_rows_of_a_shard(shards, tmp_path, make):
     assert [row["error"] for row in rows] == [None] * 4 + ["corrupt_image", None]
     assert (rows[3]["width"], rows[3]["height"], rows[3]["caption"]) == (40, 30, "picture 3")
     assert rows[3]["similarity"] == np.float32(0.3) and rows[3]["watermark"] == 0.5
-    expected = hashing.image_hashes(image.decode(make.picture(5)))
-    assert rows[5]["image_hashes"] == expected.tolist()
+    expected = hashing.thumbnail(image.decode(make.picture(5)))
+    assert rows[5]["thumbnail"] == expected.tobytes()
 
 
 def test_what_is_missing_is_written_and_the_rest_kept(shards, tmp_path):
