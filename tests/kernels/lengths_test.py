@@ -1,0 +1,89 @@
+"""Attention at the model's lengths, on the simulated TPU, and through the TPU compiler."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
+
+from internvl_jax import kernels, sharding
+from internvl_jax.plan import topology
+from tests.kernels.definition import (
+    KERNELS,
+    MASKS,
+    NAMES,
+    QUICK,
+    allowed,
+    by_hand,
+    check,
+    computed,
+    cut,
+    inputs,
+    mask_of,
+    suite,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "queries,keys,mask",
+    [
+        (*lengths, mask)
+        for lengths, masks in {
+            (1, 1): ("full", *QUICK), (7, 7): ("full", *QUICK), (99, 129): MASKS, (257, 257): MASKS
+        }.items()
+        for mask in masks
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("implementation", NAMES)
+def test_lengths_types_and_masks(implementation, queries, keys, mask, dtype):
+    suite(implementation, mask, queries, keys, dtype, dim=128, heads=2, key_heads=1)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "causal & keys", "causal & segments"])
+@pytest.mark.parametrize(
+    "implementation,dim", [("short", 128), *itertools.product(NAMES[1:], (64, 128))]
+)
+def test_many_blocks(implementation, dim, mask):
+    suite(implementation, mask, 1025, 1025, dim=dim, heads=2, key_heads=1)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal & keys", "lengths", "causal & segments"])
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_the_simulated_tpu_finds_no_race_no_stray_read_and_no_use_of_unwritten_memory(
+    kernel, mask, monkeypatch
+):
+    """Unwritten memory, output buffers included, holds NaN."""
+    cut(monkeypatch)
+    arrays = inputs(150, 150, heads=2, key_heads=1, dim=128)
+    simulated = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    attend = functools.partial(
+        kernel.attention, mask=mask_of(mask, 150, 150), interpret=simulated
+    )
+    check(computed(attend, *arrays), by_hand(*arrays, allowed(mask, 150, 150)), jnp.float32)
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_the_compiler_takes_the_short_kernel_for_every_tpu(name):
+    with topology.opened(name) as devices:
+        mesh = sharding.make_mesh(devices=devices[:1])
+        place = jax.sharding.NamedSharding(mesh, P())
+        shapes = ((2, 176, 4, 128), jnp.bfloat16), ((2, 176), jnp.int32), ((2,), jnp.int32)
+        avals = [jax.ShapeDtypeStruct(*s, sharding=place) for s in shapes]
+
+        def loss(x, valid, mode):
+            mask = kernels.Middleware(96, mode) & kernels.Keys(valid)
+            return jnp.sum(kernels.attention(x, x, x, mask=mask).astype(jnp.float32))
+
+        with jax.set_mesh(mesh):
+            traced = jax.jit(jax.value_and_grad(loss)).trace(*avals)
+            text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
