@@ -1,7 +1,6 @@
 """Attention at the model's lengths, on the simulated TPU, and through the TPU compiler."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +46,7 @@ def test_lengths_types_and_masks(implementation, queries, keys, mask, dtype):
 
 @pytest.mark.parametrize("mask", ["full", "causal", "causal & keys", "causal & segments"])
 @pytest.mark.parametrize(
-    "implementation,dim", [("short", 128), *itertools.product(NAMES[1:], (64, 128))]
+    "implementation,dim", [("short", 128), ("blocked", 64), ("blocked", 128), ("xla", 64)]
 )
 def test_many_blocks(implementation, dim, mask):
     suite(implementation, mask, 1025, 1025, dim=dim, heads=2, key_heads=1)
