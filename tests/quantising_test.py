@@ -200,7 +200,8 @@ def test_recorded_chat_models_choose_the_same_words(case, tmp_path):
         best = np.sort(expected, axis=-1)
         gap = best[:, -1] - best[:, -2]
         same = logits.argmax(-1) == expected.argmax(-1)
-        assert np.all(same[gap > 0.1]) and np.mean(gap > 0.1) > 0.6
+        assert np.mean(gap > 0.1) > 0.5  # else the next line would say little
+        assert np.all(same[gap > 0.1])
         assert np.mean(same) > 0.9
 
 
