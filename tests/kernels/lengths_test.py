@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
     [
         (*lengths, mask)
         for lengths, masks in {
-            (1, 1): ("full", *QUICK), (7, 7): ("full", *QUICK), (99, 129): MASKS, (257, 257): MASKS
+            (1, 1): QUICK, (7, 7): ("full", *QUICK), (99, 129): MASKS, (257, 257): ("full", *QUICK)
         }.items()
         for mask in masks
     ],
