@@ -110,8 +110,12 @@ class Tab:
             kind, [query, layer, head], api_visibility="private",
         )  # fmt: skip
         settings = [picture, kind, query, layer, head]
-        for event in (button.click, kind.input, *(s.release for s in (query, layer, head))):
-            on(event, self._run, settings, [shown, words], said, show_progress="hidden")
+        # A slider's `release` would leave the keyboard out.
+        for event in (button.click, kind.input, *(s.input for s in (query, layer, head))):
+            on(
+                event, self._run, settings, [shown, words], said,
+                show_progress="hidden", trigger_mode="always_last",
+            )  # fmt: skip
 
     def _kinds(self) -> list[str]:
         config = self._model.config

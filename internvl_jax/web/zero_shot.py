@@ -117,7 +117,7 @@ class Tab:
                 button = gr.Button("Classify", variant="primary")
                 said = notice()
                 result = gr.Label(self._first, label="Probabilities", num_top_classes=8)
-        on(language.input, translated, [labels, language], [labels, templates], said)
+        on(language.change, translated, [labels, language], [labels, templates], said)
         on(button.click, self._run, [picture, labels, templates], [result], said)
 
     def _run(self, path: str | None, labels: str, templates: str) -> tuple[dict[str, float]]:

@@ -134,6 +134,7 @@ def test_zero_shot(page, picture):
 def test_another_language_by_keyboard_alone(page):
     panel = tab(page, "Zero-shot")
     panel.get_by_label("Language").focus()
+    page.keyboard.press("Control+A")
     page.keyboard.type("Spanish")
     page.keyboard.press("Enter")
     panel.get_by_role("button", name="Templates").press("Enter")
