@@ -38,8 +38,8 @@ DATA = [
 CURATE = ["apache-beam>=2.70", "datasketch>=1.6", "pyarrow>=18"]
 EVAL = ["pycocoevalcap>=1.2", "scikit-learn>=1.5"]  # CIDEr; linear probes
 DEMO = [*EVAL, "jinja2>=3.1"]  # scikit-learn also ships the handwritten digits; the report
-# What gradio imports. It asks for a Pillow below 13, which resizes otherwise than the recorded images
-# of the tests; it works with 13, so that the Makefile installs it alone after these.
+# What gradio imports. It asks for a Pillow below 13, which resizes otherwise than in the recorded
+# images of the tests; it works with 13, so that the Makefile installs it alone after these.
 GRADIO = [
     "brotli>=1.2", "fastapi>=0.115", "gradio_client>=2.7", "groovy>=0.1", "hf-gradio>=0.4",
     "orjson>=3", "pandas>=2", "pydub>=0.25", "python-multipart>=0.0.18", "pytz>=2024",
