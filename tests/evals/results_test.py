@@ -88,7 +88,7 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
         (["--table=zero_shot,multilingual"], 2, "'zero_shot' serves two of these tables"),
         (["--evals=vqa"], 1, "needs another kind of model"),
         (["--table=coco"], 2, "there are linear_probe"),
-        (["--table=xtd", "--data=/nowhere"], 1, "put xtd/test_image_names.txt"),
+        (["--table=xtd", "--data=/nowhere"], 1, "put xtd/XTD10/test_image_names.txt"),
     ],
 )
 def test_what_is_not_there_is_one_line_with_the_list(capsys, words, code, message):
