@@ -118,8 +118,8 @@ def test_a_stream_gives_each_row_what_its_settings_give_alone(params):
 
 def test_new_settings_of_a_stream_compile_nothing(params):
     streamed(params, PROMPTS, [serving.Sampling()] * 3)
-    programs = serving._advance._cache_size(), serving._choose._cache_size()
+    programs = serving._advance._cache_size(), serving.choose._cache_size()
     streamed(params, PROMPTS[::-1], [serving.Sampling(0.3 * n, 0.8, n) for n in range(3)])
-    assert (serving._advance._cache_size(), serving._choose._cache_size()) == programs
+    assert (serving._advance._cache_size(), serving.choose._cache_size()) == programs
     with pytest.raises(ValueError, match="3 prompts need as many settings, not 1"):
         streamed(params, PROMPTS, [serving.Sampling()])
