@@ -37,9 +37,9 @@ def contrastive(config: ConfigDict) -> None:
     config.model.num_queries = 0
     config.init_from = (dict(path="runs/demo/language"),)
     config.data.languages = ("en",)
-    config.data.text_length = 16  # "summarize:" and the longest caption
+    config.data.text_length = 17  # "summarize:" and the longest caption, a Chinese one
     config.batch_size = 128
-    config.steps = 200
+    config.steps = 180
     config.optimizer.learning_rate = ((r".*", 1e-3),)
 
 
@@ -47,9 +47,8 @@ def multilingual(config: ConfigDict) -> None:
     """The rest of stage 1, with all languages."""
     contrastive(config)
     config.data.languages = ("en", "zh", "ko", "es")
-    config.data.text_length = 17  # the longest caption, a Chinese one
     config.init_from = (dict(path="runs/demo/contrastive"),)
-    config.steps = 480
+    config.steps = 460
 
 
 def generative(config: ConfigDict) -> None:
@@ -61,7 +60,7 @@ def generative(config: ConfigDict) -> None:
     config.init_from = (dict(path="runs/demo/multilingual"), dict(path="runs/demo/language"))
     config.trainable = r"(?!vit/).*"
     config.batch_size = 64
-    config.steps = 540
+    config.steps = 400
     config.optimizer.learning_rate = ((r".*", 1e-3),)
 
 
@@ -84,7 +83,7 @@ def sft(config: ConfigDict) -> None:
     config.init_from = (dict(path="runs/demo/projector"),)
     config.trainable = r"projector/.*|llm/.*"
     config.data.template = "brief"
-    config.steps = 560
+    config.steps = 520
     config.optimizer.warmup_steps = 20
     config.optimizer.learning_rate = ((r".*", 1e-3),)
 

@@ -10,9 +10,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from internvl_jax.models.int8 import Int8
-from internvl_jax.sharding import physical, reshard, spec
+from internvl_jax.sharding import physical, platform, reshard, spec
 
 _ROWS = 8  # of a tile
 # Asked to scatter over so many devices that are a whole pod (v5e:8x8, v5p:4x4x4; v5e:16x16,
@@ -39,7 +40,8 @@ def product(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
         out = spec("batch", *(None,) * (x.ndim - 2), out_axis)
-        return jnp.einsum("b...d,df->b...f", x, kernel.astype(x.dtype), out_sharding=out)
+        whole = _on_one_cpu if platform() == "cpu" and mesh.size <= 1 else _whole
+        return whole(x, kernel.astype(x.dtype), out)
     inner = None if physical(axes[0]) == "fsdp" else axes[0]
     nones = (None,) * (x.ndim - 2)
     return jax.shard_map(
@@ -47,6 +49,36 @@ def product(
         in_specs=(spec("batch", *nones, inner), spec(*axes)),
         out_specs=spec("batch", *nones, out_axis),
     )(x, kernel)
+
+
+def _whole(x: jax.Array, kernel: jax.Array, out: PartitionSpec | None) -> jax.Array:
+    return jnp.einsum("b...d,df->b...f", x, kernel, out_sharding=out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _on_one_cpu(x: jax.Array, kernel: jax.Array, out: PartitionSpec | None) -> jax.Array:
+    """`_whole` with a gradient that XLA's products on a CPU compute up to twice as fast."""
+    return _whole(x, kernel, out)
+
+
+def _gradients_on_one_cpu(
+    out: PartitionSpec | None, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    # Each factor is made once, then transposed on its own. Left to itself the compiler makes them
+    # again inside every transposed copy, against the grain, or lets the product walk across `x`.
+    x, kernel = saved
+    x, dy = jax.lax.optimization_barrier(x), jax.lax.optimization_barrier(dy)
+    across = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0))
+    shardings = [None if out is None else jax.typeof(a).sharding.spec for a in saved]
+    return (
+        jnp.einsum("b...f,df->b...d", dy, kernel, out_sharding=shardings[0]),
+        jnp.einsum("db...,b...f->df", across, dy, out_sharding=shardings[1]),
+    )
+
+
+_on_one_cpu.defvjp(
+    lambda x, kernel, out: (_whole(x, kernel, out), (x, kernel)), _gradients_on_one_cpu
+)
 
 
 def _local(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:

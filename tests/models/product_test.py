@@ -25,6 +25,7 @@ RNG = np.random.default_rng(0)
         ((1, 4, 2), ("mlp", "embed"), None),
         ((8, 1, 1), ("embed", "mlp"), "mlp"),
         ((2, 4, 1), (None, None), None),
+        ((1, 1, 1), ("embed", "mlp"), "mlp"),
     ],
 )
 def test_a_product_and_its_gradients(mesh, axes, out, size):
@@ -37,7 +38,7 @@ def test_a_product_and_its_gradients(mesh, axes, out, size):
         return jnp.sum(weights * jnp.sin(y))
 
     expected = jax.value_and_grad(lambda x, kernel: total(x @ kernel), (0, 1))(x, kernel)
-    mesh = sharding.make_mesh(*mesh)
+    mesh = sharding.make_mesh(*mesh, devices=jax.devices()[: np.prod(mesh)])
     with jax.set_mesh(mesh):
         inner = axes[0] if axes[0] == "mlp" else None
         places = sharding.spec("batch", None, inner), sharding.spec(*axes)
