@@ -13,7 +13,6 @@ import datetime
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -102,11 +101,16 @@ def cosine(pair: dict[str, np.ndarray]) -> np.ndarray:
 def loaded(path: str) -> dict[str, float]:
     """In a process of its own: bytes of the int8 arrays, and how far loading raised its memory."""
     jax.device_put(0).block_until_ready()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     model = internvl_jax.load(path, weights="int8")
     held = sum(x.nbytes for x in jax.tree.leaves(model.params))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"int8_mib": held / 2**20, "loading_mib": peak / 2**10}
+    return {"int8_mib": held / 2**20, "loading_mib": (peak_memory() - before) / 2**10}
+
+
+def peak_memory() -> int:
+    """KiB at the most, of this program alone; `getrusage` would count its parent too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def table(found: dict) -> str:
