@@ -26,7 +26,7 @@ def ids(rng: np.random.Generator, rows: int = ROWS, length: int = LENGTH) -> np.
     return out
 
 
-def make_batch(objective: str) -> dict[str, np.ndarray]:
+def make_batch(objective: str, image_tokens: int = 16) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     image = rng.integers(0, 255, (ROWS, 32, 32, 3), dtype=np.uint8)
     caption = ids(rng)
@@ -36,9 +36,10 @@ def make_batch(objective: str) -> dict[str, np.ndarray]:
         return {"tokens": caption}
     if objective == "instruct":
         tokens = np.concatenate(
-            [np.full((ROWS, 1), 1), np.full((ROWS, 16), IMAGE_TOKEN), caption], axis=1
+            [np.full((ROWS, 1), 1), np.full((ROWS, image_tokens), IMAGE_TOKEN), caption], axis=1
         ).astype(np.int32)
-        labels = np.concatenate([np.full((ROWS, 17), -100), labels], axis=1).astype(np.int32)
+        unseen = np.full((ROWS, 1 + image_tokens), -100)
+        labels = np.concatenate([unseen, labels], axis=1).astype(np.int32)
         return {"image": image[:, None], "tokens": tokens, "labels": labels}
     return {
         "image": image,
@@ -53,7 +54,7 @@ def make_batch(objective: str) -> dict[str, np.ndarray]:
 
 def loss_and_gradients(objective: str, config, sizes: tuple[int, int, int] | None):
     mesh = None if sizes is None else make_mesh(*sizes)
-    batch = make_batch(objective)
+    batch = make_batch(objective, getattr(config, "tokens_per_image", 16))
     options = {"mask_ratio": 0.5} if objective == "contrastive" else {}
     params = jax.device_get(models.create(config, jax.random.key(0)))
     keys = jax.random.split(jax.random.key(1), ROWS)
@@ -72,9 +73,17 @@ def loss_and_gradients(objective: str, config, sizes: tuple[int, int, int] | Non
         return float(value), jax.device_get(flatten(gradients))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_sharded_objective_equals_unsharded(objective):
+@pytest.mark.parametrize(
+    ("objective", "fields"),
+    [
+        *((objective, {}) for objective in OBJECTIVES),
+        ("instruct", {"projector": "pixel_shuffle"}),
+        ("instruct", {"projector": "two_mlp", "middleware": "tiny"}),
+    ],
+)
+def test_sharded_objective_equals_unsharded(objective, fields):
     model = {"family": FAMILY.get(objective, "internvl"), "size": "tiny", "drop_path": 0.1}
+    model |= fields
     if model["family"] == "language":
         del model["drop_path"]
     config = models.from_dict(model)

@@ -38,10 +38,12 @@ def pixel_shuffle(x: jax.Array, fold: int, version: str) -> jax.Array:
     batch, count, width = x.shape
     side = math.isqrt(count)
     small = side // fold
-    x = x.reshape(batch, side, small, fold * width).transpose(0, 2, 1, 3)
-    x = x.reshape(batch, small, small, fold * fold * width)
+    out = spec("batch", None, None, None)
+    x = jnp.reshape(x, (batch, side, small, fold * width), out_sharding=out).transpose(0, 2, 1, 3)
+    x = jnp.reshape(x, (batch, small, small, fold * fold * width), out_sharding=out)
     x = x.transpose(0, 2, 1, 3) if version == "v2" else x
-    return x.reshape(batch, small * small, fold * fold * width)
+    out = spec("batch", None, None)
+    return jnp.reshape(x, (batch, small * small, fold * fold * width), out_sharding=out)
 
 
 class ShuffleProjector(nnx.Module):
