@@ -9,6 +9,9 @@ that broadcast for free and leave the kernel in the layout in which the backward
 
 Heads of 128 are read as lane slices of [B, T, H·D], so nothing is transposed or padded in HBM.
 The last block may hang over an end; what it reads there is replaced by zeros.
+
+The grid holds only tiles in which something could be visible: of a causal mask, half of them. What
+the values of a mask hide beyond that (padding, segments) is passed over as the kernel comes to it.
 """
 
 import functools
@@ -17,17 +20,18 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from internvl_jax.kernels.masks import KEY, QUERY, ROW, Mask, Span
+from internvl_jax.kernels import vmem
+from internvl_jax.kernels.masks import KEY, QUERY, ROW, Full, Mask, Span
 
 LOG2_E = 1.4426950408889634
 HIDDEN = -2e30  # score of a pair that the mask hides
 FLOOR = -1e30  # least running maximum: above HIDDEN, so that a hidden pair weighs nothing
-BLOCK = 512  # positions per block
-BACKWARD_BYTES = 48 * 2**20  # VMEM that the backward may use for what it keeps of one head
-VMEM_BYTES = 96 * 2**20
+BLOCK = 1024  # positions per block: of 512, the backward's sums in VMEM are read too often
+SMALL_BLOCK = 512  # where VMEM is small, as on v4
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,12 @@ def supports(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> 
         return f"the blocked kernel takes a head_dim of 64 or 128, not {dim}"
     if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
         return f"the blocked kernel takes bfloat16 or float32 throughout, not {dtypes}"
-    kept = 128 * (4 + 2 * query.dtype.itemsize) * (query.shape[1] + 2 * key.shape[1])
-    if kept > BACKWARD_BYTES:
-        return f"a backward over {query.shape[1]} × {key.shape[1]} positions outgrows VMEM"
+    lengths = query.shape[1], key.shape[1]
+    # A head's gradients, summed in float32 and twice on their way out; a tile's scores and theirs.
+    kept = 128 * (4 + 2 * query.dtype.itemsize) * (lengths[0] + 2 * lengths[1])
+    tile = 8 * _block(lengths[0]) * _block(lengths[1])
+    if kept + tile > 0.9 * vmem.available():
+        return f"a backward over {lengths[0]} × {lengths[1]} positions outgrows VMEM"
     return None
 
 
@@ -93,9 +100,10 @@ def attention(
 
 def _block(length: int) -> int:
     """Block of at most `BLOCK` positions that leaves little hanging over the end."""
-    if length <= BLOCK:
+    most = BLOCK if vmem.available() >= 64 * vmem.MEGABYTE else SMALL_BLOCK
+    if length <= most:
         return length
-    even = pl.cdiv(length, pl.cdiv(length, BLOCK))
+    even = pl.cdiv(length, pl.cdiv(length, most))
     return pl.cdiv(even, 128) * 128
 
 
@@ -151,8 +159,8 @@ def _mask_specs(sizes: Sizes, mask: Mask, q_at, k_at) -> list[pl.BlockSpec]:
     return specs
 
 
-def _span(sizes: Sizes, mask: Mask, scalars, b, i, j):
-    """(some pair of tile i, j of row b may be visible, every one surely is)."""
+def _some(sizes: Sizes, mask: Mask, scalars, b, i, j):
+    """Whether some pair of tile i, j of row b may be visible."""
     refs, arrays = iter(scalars), []
     for along in mask.along:
         if along == ROW:
@@ -160,16 +168,34 @@ def _span(sizes: Sizes, mask: Mask, scalars, b, i, j):
         else:
             at = i if along == QUERY else j
             arrays.append(Span(next(refs)[b, at], next(refs)[b, at]))
-    query = Span(i * sizes.block_q, (i + 1) * sizes.block_q - 1)
-    key = Span(j * sizes.block_k, (j + 1) * sizes.block_k - 1)
-    some, every = mask.replace(arrays).span(query, key)
-    if sizes.keys % sizes.block_k:
-        every = every & (j < sizes.k_blocks - 1)
-    return some, every
+    return mask.replace(arrays).some(*_positions(sizes, i, j))
+
+
+def _positions(sizes: Sizes, i, j) -> tuple[Span, Span]:
+    """Queries and keys of tile i, j."""
+    return (
+        Span(i * sizes.block_q, (i + 1) * sizes.block_q - 1),
+        Span(j * sizes.block_k, (j + 1) * sizes.block_k - 1),
+    )
+
+
+def _tiles(sizes: Sizes, mask: Mask) -> list[tuple[int, int]]:
+    """The tiles (i, j) to go through, i by i; at least one of each i, which has to be written."""
+    found = []
+    for i in range(sizes.q_blocks):
+        some = [j for j in range(sizes.k_blocks) if not mask.never(*_positions(sizes, i, j))]
+        found += [(i, j) for j in some or [0]]
+    return found
+
+
+def _when_some(some, run) -> None:
+    run() if some is True else pl.when(some)(run)
 
 
 def _hide(sizes: Sizes, mask: Mask, scalars, vectors, b, i, j, scores):
     """Scores [block_k, block_q] with HIDDEN where the mask hides, or beyond the last key."""
+    if isinstance(mask, Full) and sizes.keys % sizes.block_k == 0:
+        return scores
     query = i * sizes.block_q + jax.lax.broadcasted_iota(jnp.int32, (1, sizes.block_q), 1)
     key = j * sizes.block_k + jax.lax.broadcasted_iota(jnp.int32, (sizes.block_k, 1), 0)
     refs, values, arrays = iter(scalars), iter(vectors), []
@@ -195,9 +221,11 @@ def _column(row):
 
 
 def _dot(a, b, dims):
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    # Said outright: what JAX is set to by default may be more than products of bfloat16 can be.
+    exact = a.dtype == jnp.float32
+    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(
-        a, b, (dims, ((), ())), precision=exact, preferred_element_type=jnp.float32
+        a, b, (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
 
 
@@ -250,26 +278,27 @@ def _spec(sizes: Sizes, size: int, head, at) -> pl.BlockSpec:
     )
 
 
-# Forward: grid (row, head, query block, key block).
+# Forward: grid (row, head, tile), the tiles query block by query block.
 
 
 def _forward_kernel(sizes: Sizes, mask: Mask, *refs):
+    q_of, k_of, *refs = refs
     scalars, vectors, rest = _split(mask, refs)
     q_ref, k_ref, v_ref, o_ref, lse_ref, m_ref, l_ref, acc_ref = rest
-    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    b, n, count = pl.program_id(0), pl.program_id(2), pl.num_programs(2)
+    i, j = q_of[n], k_of[n]
 
-    @pl.when(j == 0)
+    @pl.when((n == 0) | (q_of[jnp.maximum(n - 1, 0)] != i))
     def start():
         m_ref[...] = jnp.full_like(m_ref, FLOOR)
         l_ref[...] = jnp.zeros_like(l_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    def tile(masked: bool):
+    def tile():
         k = _rows(k_ref, j, sizes.block_k, sizes.keys)
         v = _rows(v_ref, j, sizes.block_k, sizes.keys)
         scores = _dot(k, q_ref[...], ((1,), (1,))) * (sizes.scale * LOG2_E)  # [block_k, block_q]
-        if masked:
-            scores = _hide(sizes, mask, scalars, vectors, b, i, j, scores)
+        scores = _hide(sizes, mask, scalars, vectors, b, i, j, scores)
         last = m_ref[...]
         most = jnp.maximum(last, scores.max(axis=0, keepdims=True))
         weights = jnp.exp2(scores - most)
@@ -279,26 +308,15 @@ def _forward_kernel(sizes: Sizes, mask: Mask, *refs):
         mixed = _dot(v, weights.astype(v.dtype), ((0,), (0,)))  # [D, block_q]
         acc_ref[...] = acc_ref[...] * keep + mixed
 
-    _each_kind(tile, *_span(sizes, mask, scalars, b, i, j))
+    _when_some(_some(sizes, mask, scalars, b, i, j), tile)
 
-    @pl.when(j == sizes.k_blocks - 1)
+    @pl.when((n == count - 1) | (q_of[jnp.minimum(n + 1, count - 1)] != i))
     def finish():
         total = l_ref[...]
         seen = total > 0
         divisor = jnp.where(seen, total, 1.0)
         o_ref[...] = (acc_ref[...] / divisor).T.astype(o_ref.dtype)
         lse_ref[...] = jnp.where(seen, m_ref[...] + jnp.log2(divisor), 0.0)
-
-
-def _each_kind(tile, some, every) -> None:
-    """Run a tile without its mask where everything is visible, not at all where nothing is."""
-    if every is True:
-        tile(False)
-        return
-    if every is not False:
-        pl.when(jnp.logical_and(some, every))(lambda: tile(False))
-        some = jnp.logical_and(some, jnp.logical_not(every))
-    pl.when(some)(lambda: tile(True))
 
 
 def _split(mask: Mask, refs) -> Iterator:
@@ -310,15 +328,16 @@ def _split(mask: Mask, refs) -> Iterator:
 
 def _forward(sizes: Sizes, query, key, value, mask):
     batch = query.shape[0]
+    tiles = np.array(_tiles(sizes, mask), np.int32).T
     scalars, vectors = _mask_inputs(sizes, mask)
 
-    def q_at(b, h, i, j, *_):
-        return i
+    def q_at(b, h, n, q_of, *_):
+        return q_of[n]
 
-    def k_at(b, h, i, j, *scalars):
-        some, _ = _span(sizes, mask, scalars, b, i, j)
+    def k_at(b, h, n, q_of, k_of, *scalars):
+        some = _some(sizes, mask, scalars, b, q_of[n], k_of[n])
         # What nothing sees is not read: the first block stands in, which the next step needs.
-        return j if some is True else jnp.where(some, j, 0)
+        return k_of[n] if some is True else jnp.where(some, k_of[n], 0)
 
     def head(b, h, *_):
         return h
@@ -328,7 +347,7 @@ def _forward(sizes: Sizes, query, key, value, mask):
 
     q_spec = _spec(sizes, sizes.block_q, head, q_at)
     k_spec = _spec(sizes, sizes.block_k, key_head, k_at)
-    row = pl.BlockSpec((None, None, 1, sizes.block_q), lambda b, h, i, *_: (b, h, 0, i))
+    row = pl.BlockSpec((None, None, 1, sizes.block_q), lambda b, h, *g: (b, h, 0, q_at(b, h, *g)))
     mixed, lse = pl.pallas_call(
         functools.partial(_forward_kernel, sizes, mask),
         out_shape=(
@@ -336,8 +355,8 @@ def _forward(sizes: Sizes, query, key, value, mask):
             jax.ShapeDtypeStruct((batch, sizes.heads, 1, sizes.queries), jnp.float32),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
-            grid=(batch, sizes.heads, sizes.q_blocks, sizes.k_blocks),
+            num_scalar_prefetch=2 + len(scalars),
+            grid=(batch, sizes.heads, tiles.shape[1]),
             in_specs=[*_mask_specs(sizes, mask, q_at, k_at), q_spec, k_spec, k_spec],
             out_specs=(q_spec, row),
             scratch_shapes=[
@@ -346,27 +365,30 @@ def _forward(sizes: Sizes, query, key, value, mask):
                 pltpu.VMEM((sizes.dim, sizes.block_q), jnp.float32),
             ],
         ),
-        compiler_params=_params(3, 1),
+        compiler_params=_params(2, 1),
         interpret=sizes.interpret,
         name="attention_blocked",
-    )(*scalars, *vectors, *(_to_hbm(x, sizes) for x in (query, key, value)))
+    )(*tiles, *scalars, *vectors, *(_to_hbm(x, sizes) for x in (query, key, value)))
     return _from_hbm(mixed, sizes), lse
 
 
 def _params(parallel: int, arbitrary: int) -> pltpu.CompilerParams:
     kinds = ("parallel",) * parallel + ("arbitrary",) * arbitrary
-    return pltpu.CompilerParams(dimension_semantics=kinds, vmem_limit_bytes=VMEM_BYTES)
+    most = vmem.available() * 15 // 16
+    return pltpu.CompilerParams(dimension_semantics=kinds, vmem_limit_bytes=most)
 
 
-# Backward: grid (row, key head, query head of its group, key block, query block).
+# Backward: grid (row, key head, query head of its group, tile), the tiles key block by key block.
 
 
 def _backward_kernel(sizes: Sizes, mask: Mask, *refs):
+    q_of, k_of, *refs = refs
     scalars, vectors, rest = _split(mask, refs)
     q_ref, k_ref, v_ref, g_ref, lse_ref, delta_ref, dq_ref, dk_ref, dv_ref, *sums = rest
     dq_sum, dk_sum, dv_sum = sums
-    b, r, j, i = (pl.program_id(axis) for axis in (0, 2, 3, 4))
-    first, last = (j == 0) & (i == 0), (j == sizes.k_blocks - 1) & (i == sizes.q_blocks - 1)
+    b, r, n = (pl.program_id(axis) for axis in (0, 2, 3))
+    i, j = q_of[n], k_of[n]
+    first, last = n == 0, n == pl.num_programs(3) - 1
 
     @pl.when(first)
     def start_head():
@@ -377,7 +399,7 @@ def _backward_kernel(sizes: Sizes, mask: Mask, *refs):
         dk_sum[...] = jnp.zeros_like(dk_sum)
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
-    def tile(masked: bool):
+    def tile():
         k = _rows(k_ref, j, sizes.block_k, sizes.keys)
         v = _rows(v_ref, j, sizes.block_k, sizes.keys)
         q = _rows(q_ref, i, sizes.block_q, sizes.queries)
@@ -385,8 +407,7 @@ def _backward_kernel(sizes: Sizes, mask: Mask, *refs):
         lse = _lanes(lse_ref, i, sizes.block_q, sizes.queries)
         delta = _lanes(delta_ref, i, sizes.block_q, sizes.queries)
         scores = _dot(k, q, ((1,), (1,))) * (sizes.scale * LOG2_E)  # [block_k, block_q]
-        if masked:
-            scores = _hide(sizes, mask, scalars, vectors, b, i, j, scores)
+        scores = _hide(sizes, mask, scalars, vectors, b, i, j, scores)
         weights = jnp.exp2(scores - lse)
         to_weights = _dot(v, g, ((1,), (1,)))
         to_scores = (weights * (to_weights - delta)).astype(q.dtype)
@@ -396,7 +417,7 @@ def _backward_kernel(sizes: Sizes, mask: Mask, *refs):
         dk_sum[k_rows, :] += _dot(to_scores, q, ((1,), (0,)))
         dq_sum[q_rows, :] += _dot(to_scores, k, ((0,), (0,)))
 
-    _each_kind(tile, *_span(sizes, mask, scalars, b, i, j))
+    _when_some(_some(sizes, mask, scalars, b, i, j), tile)
 
     @pl.when(last)
     def finish_head():
@@ -410,15 +431,17 @@ def _backward_kernel(sizes: Sizes, mask: Mask, *refs):
 
 def _backward(sizes: Sizes, query, key, value, mask, gradient, lse, delta):
     batch = query.shape[0]
+    in_order = sorted(_tiles(sizes, mask), key=lambda tile: (tile[1], tile[0]))
+    tiles = np.array(in_order, np.int32).T
     scalars, vectors = _mask_inputs(sizes, mask)
 
-    def q_at(b, h, r, j, i, *scalars):
-        some, _ = _span(sizes, mask, scalars, b, i, j)
+    def q_at(b, h, r, n, q_of, k_of, *scalars):
+        some = _some(sizes, mask, scalars, b, q_of[n], k_of[n])
         # Of the blocks that nothing needs, the last stands in: it is the one read before them.
-        return i if some is True else jnp.where(some, i, sizes.q_blocks - 1)
+        return q_of[n] if some is True else jnp.where(some, q_of[n], sizes.q_blocks - 1)
 
-    def k_at(b, h, r, j, *_):
-        return j
+    def k_at(b, h, r, n, q_of, k_of, *_):
+        return k_of[n]
 
     def head(b, h, r, *_):
         return h * sizes.group + r
@@ -443,8 +466,8 @@ def _backward(sizes: Sizes, query, key, value, mask, gradient, lse, delta):
             _hbm_shape(batch, sizes.keys, sizes.key_heads, sizes, value.dtype),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
-            grid=(batch, sizes.key_heads, sizes.group, sizes.k_blocks, sizes.q_blocks),
+            num_scalar_prefetch=2 + len(scalars),
+            grid=(batch, sizes.key_heads, sizes.group, tiles.shape[1]),
             in_specs=[
                 *_mask_specs(sizes, mask, q_at, k_at), q_spec, k_spec, k_spec, q_spec, row, row
             ],
@@ -457,10 +480,11 @@ def _backward(sizes: Sizes, query, key, value, mask, gradient, lse, delta):
                 pltpu.VMEM((over, sizes.dim), jnp.float32) for over in (over_q, over_k, over_k)
             ],
         ),
-        compiler_params=_params(2, 3),
+        compiler_params=_params(2, 2),
         interpret=sizes.interpret,
         name="attention_blocked_backward",
     )(
+        *tiles,
         *scalars,
         *vectors,
         *(_to_hbm(x, sizes) for x in (query, key, value, gradient)),

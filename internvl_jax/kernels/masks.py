@@ -11,9 +11,9 @@ Masks combine with `&`: `Causal() & Keys(ids > 0)`.
 
 A mask is a pytree whose arrays lie along the batch (`ROW`, [B]), the keys (`KEY`, [B, S]) or the
 queries (`QUERY`, [B, T]). One formula, `sees`, serves everywhere: XLA gives it whole arrays, a
-kernel a mask rebuilt (`replace`) from the scalars and vectors of its tile. `span` applies it to
+kernel a mask rebuilt (`replace`) from the scalars and vectors of its tile. `some` applies it to
 whole tiles, whose positions and values are known by their least and greatest, so that a kernel
-can pass over what nothing sees and leave unmasked what everything sees.
+can pass over what nothing sees; `never` tells what it need not even pass over.
 """
 
 from collections.abc import Sequence
@@ -44,12 +44,14 @@ class Mask:
         """Whether positions `query` see positions `key`; all shapes broadcast."""
         raise TypeError(f"{type(self).__name__} does not say what is visible")
 
-    def span(self, query: Span, key: Span) -> tuple[Any, Any]:
-        """(some pair may be visible, every pair surely is) of a tile; arrays are scalars or spans.
+    def some(self, query: Span, key: Span) -> Any:
+        """Whether some pair of a tile may be visible; the mask's arrays are scalars or spans."""
+        return True
 
-        Python booleans where the kind of mask alone decides.
-        """
-        return True, False
+    def never(self, query: Span, key: Span) -> bool:
+        """Whether no pair of a tile is visible whatever the mask's arrays hold."""
+        with jax.ensure_compile_time_eval():
+            return not self.along and not self.some(query, key)
 
     def replace(self, arrays: Sequence[Any]) -> "Mask":
         """The same mask with other arrays in the order of `along`."""
@@ -75,9 +77,6 @@ class Full(Mask):
     def sees(self, query: jax.Array, key: jax.Array) -> jax.Array:
         return key >= 0
 
-    def span(self, query: Span, key: Span) -> tuple[Any, Any]:
-        return True, True
-
 
 class Interval(Mask):
     """Masks by which each query sees one run of keys, whose two ends never move back."""
@@ -91,10 +90,9 @@ class Interval(Mask):
         upper = key <= last
         return upper if isinstance(first, int) and first == 0 else upper & (key >= first)
 
-    def span(self, query: Span, key: Span) -> tuple[Any, Any]:
-        (first, last), (first_after, last_after) = self.keys(query.low), self.keys(query.high)
-        some = (key.high >= first) & (key.low <= last_after)
-        return some, (key.low >= first_after) & (key.high <= last)
+    def some(self, query: Span, key: Span) -> Any:
+        (first, _), (_, last) = self.keys(query.low), self.keys(query.high)
+        return (key.high >= first) & (key.low <= last)
 
 
 @jax.tree_util.register_dataclass
@@ -173,8 +171,8 @@ class Keys(Mask):
     def sees(self, query: jax.Array, key: jax.Array) -> jax.Array:
         return self.valid != 0
 
-    def span(self, query: Span, key: Span) -> tuple[Any, Any]:
-        return self.valid.high != 0, self.valid.low != 0
+    def some(self, query: Span, key: Span) -> Any:
+        return self.valid.high != 0
 
 
 @jax.tree_util.register_dataclass
@@ -189,9 +187,8 @@ class Segments(Mask):
     def sees(self, query: jax.Array, key: jax.Array) -> jax.Array:
         return self.query == self.key
 
-    def span(self, query: Span, key: Span) -> tuple[Any, Any]:
-        some = (self.query.low <= self.key.high) & (self.key.low <= self.query.high)
-        return some, (self.query.low == self.key.high) & (self.key.low == self.query.high)
+    def some(self, query: Span, key: Span) -> Any:
+        return (self.query.low <= self.key.high) & (self.key.low <= self.query.high)
 
 
 @jax.tree_util.register_dataclass
@@ -209,7 +206,8 @@ class Both(Mask):
     def sees(self, query: jax.Array, key: jax.Array) -> jax.Array:
         return self.first.sees(query, key) & self.second.sees(query, key)
 
-    def span(self, query: Span, key: Span) -> tuple[Any, Any]:
-        some, every = self.first.span(query, key)
-        also, all_too = self.second.span(query, key)
-        return some & also, every & all_too
+    def some(self, query: Span, key: Span) -> Any:
+        return self.first.some(query, key) & self.second.some(query, key)
+
+    def never(self, query: Span, key: Span) -> bool:
+        return self.first.never(query, key) or self.second.never(query, key)

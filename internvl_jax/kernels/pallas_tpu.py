@@ -8,11 +8,10 @@ from internvl_jax.kernels import blocked_tpu, short_tpu
 from internvl_jax.kernels.masks import Mask
 from internvl_jax.sharding import platform
 
-# In the order of preference; each has `supports` and `attention`. The TPU compiler has accepted the
-# proven ones for every chip; the others run only where "pallas_tpu" is asked for by name.
-PROVEN = (short_tpu,)
-KERNELS = (*PROVEN, blocked_tpu)
-FEWEST = 8  # queries for a kernel that nobody asked for: it gives each query a lane out of 128
+# In the order of preference; each has `supports` and `attention`. With fewer queries than the
+# number beside it, a kernel does not pay and runs only where "pallas_tpu" is asked for by name: the
+# short one gives each query a lane out of 128, and scores of few queries XLA keeps on the chip.
+KERNELS = {short_tpu: 8, blocked_tpu: 256}
 
 
 def supports(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> str | None:
@@ -21,10 +20,11 @@ def supports(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> 
 
 
 def supports_unasked(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> str | None:
-    """None, or why no proven kernel can run or pays."""
-    if query.shape[1] < FEWEST:
+    """None, or why no kernel can run or pays."""
+    paying = [kernel for kernel, fewest in KERNELS.items() if query.shape[1] >= fewest]
+    if not paying:
         return f"{query.shape[1]} queries would leave most lanes of the kernels empty"
-    return _refusal(PROVEN, query, key, value, mask)
+    return _refusal(paying, query, key, value, mask)
 
 
 def _refusal(kernels, query, key, value, mask) -> str | None:

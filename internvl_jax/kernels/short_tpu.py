@@ -24,8 +24,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from internvl_jax.kernels import vmem
 from internvl_jax.kernels.masks import QUERY, ROW, Full, Mask
-from internvl_jax.sharding import platform
 
 LANES = 128
 UNTILED = 384  # queries that are handled at once; more of them come in tiles
@@ -34,7 +34,6 @@ CHUNK = 64  # keys that the vector unit handles at once
 LONGEST = 1152  # keys: the code of a tile is unrolled over them
 HIDDEN = -2e30  # added to the score of a pair that the mask hides
 FLOOR = -1e30  # least maximum: above HIDDEN, so that a hidden pair weighs nothing
-MEGABYTE = 2**20
 STAGES = 3
 
 _PLAIN = (((1,), (0,)), ((), ()))
@@ -85,7 +84,7 @@ class Sizes:
         pipeline = STAGES * keys * tile * 2 * (4 + itemsize)
         sums = 2 * keys * LANES * 4
         bias = keys * _whole(self.rows, LANES) * 4 if self.masked else 0
-        return blocks + log_sums + pipeline + sums + bias + keys * tile * 4 + 2 * MEGABYTE
+        return blocks + log_sums + pipeline + sums + bias + keys * tile * 4 + 2 * vmem.MEGABYTE
 
 
 def supports(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> str | None:
@@ -106,14 +105,12 @@ def _sizes(query, key, mask, scale=1.0, interpret=False) -> Sizes | None:
     """As many heads in a step as VMEM holds; None if not even one."""
     _, queries, heads, _ = query.shape
     keys, key_heads = key.shape[1:3]
-    on_tpu = platform() == "tpu"
-    there = pltpu.get_tpu_info().vmem_capacity_bytes if on_tpu else 128 * MEGABYTE
     masked = not isinstance(mask, Full)
     for group in range(key_heads, 0, -1):
         if key_heads % group == 0:
             sizes = Sizes(queries, keys, heads, key_heads, group, masked, scale, interpret)
             # A quarter is left to what the compiler keeps there around the kernel.
-            if sizes.memory(query.dtype.itemsize) <= there * 3 // 4:
+            if sizes.memory(query.dtype.itemsize) <= vmem.available() * 3 // 4:
                 return sizes
     return None
 

@@ -70,19 +70,42 @@ def test_the_simulated_tpu_finds_no_race_no_stray_read_and_no_use_of_unwritten_m
     assert not interpret_pallas_call.races.races_found
 
 
-@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def test_the_compiler_takes_the_short_kernel_for_every_tpu(name):
+TPUS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+
+
+def compiled(name, shape, key_heads, mask_of_arrays, dtype=jnp.bfloat16):
+    """Text of attention and its gradients on one device of a topology, as nobody asked for it."""
     with topology.opened(name) as devices:
         mesh = sharding.make_mesh(devices=devices[:1])
         place = jax.sharding.NamedSharding(mesh, P())
-        shapes = ((2, 176, 4, 128), jnp.bfloat16), ((2, 176), jnp.int32), ((2,), jnp.int32)
+        batch, length, _, dim = shape
+        keys = (batch, length, key_heads, dim)
+        shapes = (shape, dtype), (keys, dtype), ((batch, length), jnp.int32), ((batch,), jnp.int32)
         avals = [jax.ShapeDtypeStruct(*s, sharding=place) for s in shapes]
 
-        def loss(x, valid, mode):
-            mask = kernels.Middleware(96, mode) & kernels.Keys(valid)
-            return jnp.sum(kernels.attention(x, x, x, mask=mask).astype(jnp.float32))
+        def loss(query, key, valid, mode):
+            mixed = kernels.attention(query, key, key, mask=mask_of_arrays(valid, mode))
+            return jnp.sum(mixed.astype(jnp.float32))
 
         with jax.set_mesh(mesh):
-            traced = jax.jit(jax.value_and_grad(loss)).trace(*avals)
-            text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+            traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(*avals)
+            return traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+
+
+@pytest.mark.parametrize("name", TPUS)
+def test_the_compiler_takes_the_short_kernel_for_every_tpu(name):
+    text = compiled(
+        name, (2, 176, 4, 128), 4,
+        lambda valid, mode: kernels.Middleware(96, mode) & kernels.Keys(valid),
+    )  # fmt: skip
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+
+
+@pytest.mark.parametrize("name", TPUS)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_compiler_takes_the_blocked_kernel_for_every_tpu(name, dim):
+    """A chat decoder's attention at stage 3, grouped; none but this kernel runs at that length."""
+    text = compiled(
+        name, (2, 2624, 4, dim), 2, lambda valid, _: kernels.Causal() & kernels.Keys(valid)
+    )
     assert text.count('custom_call_target="tpu_custom_call"') == 2
