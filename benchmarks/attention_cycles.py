@@ -9,7 +9,8 @@ One chip, bfloat16, forward and backward of an attention sublayer:
 * `qllama`: QLLaMA's self-attention at stage 2, 96 rows of 96 queries and 80 words, a third each
   under the masks of matching, contrast and generation: RMSNorm, projections, rotary positions,
   attention of 32 heads × 128, output projection, residual;
-* `cross`: QLLaMA's cross-attention, the 96 queries of 32 rows to 257 image tokens each.
+* `cross`: QLLaMA's cross-attention, the 96 queries of 32 rows to 257 image tokens each;
+* `causal`: a chat decoder's self-attention on 4 rows of 4096 positions, of 32 heads × 128.
 
 "Adds" is what a path takes beyond `none`, the same sublayer with the product q · k · v in
 attention's place; `own` is what the project takes on a TPU. At 257 and 99 tokens that does the
@@ -64,6 +65,7 @@ def padded(attend):
     """For kernels on [B, H, T, D] with T in whole tiles; the padding is a segment of its own."""
 
     def run(query, key, value, mask):
+        causal = isinstance(mask, kernels.Causal)
         parts, segments = [], []
         for x in (query, key, value):
             length = x.shape[1]
@@ -71,27 +73,35 @@ def padded(attend):
             gap = ((0, 0), (0, whole - length), (0, 0), (0, 0))
             parts.append(jnp.pad(x, gap).transpose(0, 2, 1, 3))
             segments.append((jnp.arange(whole) >= length).astype(jnp.int32))
-        return attend(*parts, *segments[:2]).transpose(0, 2, 1, 3)[:, : query.shape[1]]
+        return attend(*parts, *segments[:2], causal).transpose(0, 2, 1, 3)[:, : query.shape[1]]
 
     return run
 
 
-def stock_flash(query, key, value, query_segments, key_segments):
-    batch, _, length, _ = query.shape
+def block(length):
+    """Of JAX's own kernels: the whole of a length that fits VMEM."""
+    return length if length <= 1152 else 512
+
+
+def stock_flash(query, key, value, query_segments, key_segments, causal):
+    batch = query.shape[0]
     ids = flash.SegmentIds(*(jnp.broadcast_to(s, (batch, len(s)))
                              for s in (query_segments, key_segments)))  # fmt: skip
-    blocks = {name: length if "_q" in name else key.shape[2] for name in FLASH_BLOCKS}
+    shape = [block(x.shape[2]) for x in (query, key)]
+    blocks = {name: shape["_q" not in name] for name in FLASH_BLOCKS}
     return flash.flash_attention(
-        query, key, value, segment_ids=ids, sm_scale=DIM**-0.5,
+        query, key, value, segment_ids=ids, causal=causal, sm_scale=DIM**-0.5,
         block_sizes=flash.BlockSizes(block_b=1, **blocks),
     )  # fmt: skip
 
 
-def stock_splash(query, key, value, query_segments, key_segments):
+def stock_splash(query, key, value, query_segments, key_segments, causal):
     shape = query.shape[2], key.shape[2]
-    blocks = {name: shape["kv" in name.removesuffix("_dkv")] for name in SPLASH_BLOCKS}
+    sizes = [block(length) for length in shape]
+    blocks = {name: sizes["kv" in name.removesuffix("_dkv")] for name in SPLASH_BLOCKS}
+    mask = (splash_mask.CausalMask if causal else splash_mask.FullMask)(shape)
     run = splash.make_splash_mha(
-        mask=splash_mask.MultiHeadMask([splash_mask.FullMask(shape)] * query.shape[1]),
+        mask=splash_mask.MultiHeadMask([mask] * query.shape[1]),
         head_shards=1,
         q_seq_shards=1,
         block_sizes=splash.BlockSizes(**blocks),
@@ -145,7 +155,17 @@ def vit(path, x, w):
 def qllama(path, x, w):
     """QLLaMA's self-attention on [B, Q + T, W], a third of the rows under each mask."""
     modes = jnp.repeat(jnp.array([kernels.ITM, kernels.ITC, kernels.ITG]), ROWS // 3)
-    mask = kernels.Middleware(QUERIES, modes) & kernels.Keys(w["valid"] != 0)
+    return language(
+        path, x, w, kernels.Middleware(QUERIES, modes) & kernels.Keys(w["valid"] != 0)
+    )
+
+
+def causal(path, x, w):
+    """A chat decoder's self-attention on [B, T, W]."""
+    return language(path, x, w, kernels.Causal())
+
+
+def language(path, x, w, mask):
     tables = rope.tables(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]), DIM, 1e4)
     normed = rms_norm(x, w["norm"])
     query, key, value = (heads(normed @ w[name]) for name in ("query", "key", "value"))
@@ -183,6 +203,11 @@ CASES = {  # sublayer, shape of its input, shapes of its weights and other input
         (IMAGES, QUERIES, LLAMA),
         {"norm": (LLAMA,), "image": (IMAGES, TOKENS, VIT), "image_norm": (VIT,)}
         | {"query": SQUARE, "key": (VIT, LLAMA), "value": (VIT, LLAMA), "out": SQUARE},
+    ),
+    "causal": (
+        causal,
+        (4, 4096, LLAMA),
+        {"norm": (LLAMA,)} | dict.fromkeys(("query", "key", "value", "out"), SQUARE),
     ),
 }
 
