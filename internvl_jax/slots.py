@@ -55,14 +55,17 @@ class Slots:
         """Forget every row."""
         llm, rows = self._config.llm, self.rows
         shape = (llm.depth, rows, self._room, llm.num_kv_heads, llm.head_dim)
-        self._cache = Cache(
+        cache = Cache(
             keys=jnp.zeros(shape, llm.dtype),
             values=jnp.zeros(shape, llm.dtype),
             visible=jnp.zeros((rows, self._room), bool),
             positions=jnp.zeros(rows, jnp.int32),
             length=jnp.int32(0),
         )
-        self._token = jnp.zeros(rows, jnp.int32)
+        # Tied to the parameters' device as the programs' results are: for arrays that could lie
+        # anywhere every program would be compiled a second time.
+        (device,) = jax.tree.leaves(self._params)[0].devices()
+        self._token, self._cache = jax.device_put((jnp.zeros(rows, jnp.int32), cache), device)
         self._steps = np.zeros(rows, np.int32)
         self._temperature = np.zeros(rows, np.float32)
         self._top_p = np.ones(rows, np.float32)

@@ -71,8 +71,13 @@ def test_the_slot_goes_round_and_nothing_changes(model, slots):
         assert [int(slots.step()[1]) for _ in range(NEW)] == expected
 
 
-def test_after_warming_up_nothing_is_compiled(model):
-    fresh = Slots(*model, rows=2, prompt_tokens=64, new_tokens=NEW, images=2)
+@pytest.mark.parametrize("placed", [False, True])
+def test_after_warming_up_nothing_is_compiled(model, placed):
+    """Also with parameters that are tied to a device, as those of a checkpoint are."""
+    config, params = model
+    params = jax.device_put(params, jax.devices()[0]) if placed else params
+    jax.clear_caches()  # the other turn's programs
+    fresh = Slots(config, params, rows=2, prompt_tokens=64, new_tokens=NEW, images=2)
     warmed = list(fresh.warm())
     assert len(warmed) == len(set(warmed)) == 4
     events = []
