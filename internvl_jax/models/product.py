@@ -17,8 +17,8 @@ from internvl_jax.sharding import physical, platform, reshard, spec
 
 _ROWS = 8  # of a tile
 # Asked to scatter over so many devices that are a whole pod (v5e:8x8, v5p:4x4x4; v5e:16x16,
-# v6e:16x16, v5p:4x8x8), the TPU compiler sums the whole; in two steps it scatters. Over 128 it
-# scatters at once. Gathers over the 64 of v5p:4x4x4 become sums as well.
+# v6e:16x16, v5p:4x8x8), the TPU compiler sums the whole; in two steps it scatters. Over a part of a
+# pod it scatters at once. Gathers over the 64 of v5p:4x4x4 become sums as well.
 _SCATTERED = {64: (16, 4), 256: (16, 16)}
 _GATHERED = {64: (16, 4)}
 
@@ -108,19 +108,24 @@ def gather_rows(part: jax.Array) -> jax.Array:
         shape = (rows // 2, 2, columns)
     else:
         shape = (rows, 2, columns // 2) if columns % 2 == 0 else (rows, columns)
-    size = jax.lax.axis_size("fsdp")
-    whole = gather(part.reshape(shape), _GATHERED.get(size, (size,)))
+    whole = gather(part.reshape(shape), _steps(_GATHERED))
     return whole.reshape(-1, columns)
 
 
 def _scatter(shape: tuple[int, ...], gradient: jax.Array) -> tuple[jax.Array]:
     # The TPU compiler scatters an array of this form; most others it sums as a whole.
-    size = jax.lax.axis_size("fsdp")
     rows, columns = shape
     lanes = next((n for n in (1280, 128) if rows * columns % n == 0), columns)
-    flat = gradient.reshape(size, rows * columns // lanes, lanes)
-    part = scatter(flat, _SCATTERED.get(size, (size,)))
+    flat = gradient.reshape(jax.lax.axis_size("fsdp"), rows * columns // lanes, lanes)
+    part = scatter(flat, _steps(_SCATTERED))
     return (part.reshape(rows, columns),)
+
+
+def _steps(of_pods: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
+    """Sizes of the groups among which a collective over `fsdp` runs, in order."""
+    size = jax.lax.axis_size("fsdp")
+    pod = all(jax.lax.axis_size(axis) == 1 for axis in ("replica", "tensor"))
+    return of_pods.get(size, (size,)) if pod else (size,)
 
 
 def scatter(x: jax.Array, steps: tuple[int, ...]) -> jax.Array:

@@ -17,6 +17,9 @@ from pathlib import Path
 
 _EXIT = re.compile(r"totalorder\s+%\S+,\s+(\d+)\s+/\* loop exit test \*/")
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s")
+_CALL = re.compile(
+    r'%([\w.\-]+) = [^\n]*?custom_call_target="tpu_custom_call"[^\n]*?"body":"([^"]*)"'
+)
 _FILE = re.compile(r"\d+-(.*)-\d+-final_bundles\.txt$")
 
 
@@ -57,13 +60,15 @@ def cycles(folder: Path, program: str) -> dict[str, int]:
 
     program: `Compiled.as_text()` of the only program compiled since `dumped` or `clear`.
     """
-    calls = set(re.findall(r'%([\w.\-]+) = [^\n]*?custom_call_target="tpu_custom_call"', program))
+    bodies = dict(_CALL.findall(program))
     found = {}
     for file in folder.iterdir():
         name = _FILE.match(file.name)
-        if name and name.group(1) in calls:
+        if name and name.group(1) in bodies:
             found[name.group(1)] = issue_cycles(file.read_text(errors="replace"))
-    return found
+    # Of equal kernels the compiler schedules one.
+    by_body = {bodies[name]: count for name, count in found.items()}
+    return {name: by_body[body] for name, body in bodies.items() if body in by_body}
 
 
 def issue_cycles(schedule: str) -> int:

@@ -26,7 +26,19 @@ def test_an_empty_bundle_belongs_to_its_loop():
 def test_only_the_programs_kernels_count(tmp_path):
     for name in ("10-attention.1-03-final_bundles.txt", "11-fusion.7-03-final_bundles.txt"):
         (tmp_path / name).write_text(SCHEDULE)
-    text = '  %attention.1 = f32[8] custom-call(%x), custom_call_target="tpu_custom_call"\n'
+    text = call("attention.1", "first")
     assert kernels.cycles(tmp_path, text) == {"attention.1": 43}
     kernels.clear(tmp_path)
     assert kernels.cycles(tmp_path, text) == {}
+
+
+def test_equal_kernels_share_a_schedule(tmp_path):
+    (tmp_path / "10-attention.1-03-final_bundles.txt").write_text(SCHEDULE)
+    text = call("attention.1", "same") + call("attention.2", "same") + call("other.3", "another")
+    assert kernels.cycles(tmp_path, text) == {"attention.1": 43, "attention.2": 43}
+
+
+def call(name, body):
+    config = f'{{"custom_call_config":{{"body":"{body}"}}}}'
+    target = 'custom_call_target="tpu_custom_call"'
+    return f"  %{name} = f32[8] custom-call(%x), {target}, backend_config={config}\n"
