@@ -97,6 +97,21 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+# Without them a v5p or v6e waits for every gather of a weight; on v5e they are the defaults.
+_ASYNCHRONOUS = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+}
+
+
+def compiler_options() -> dict[str, bool] | None:
+    """For `jax.jit` of a program in which weights are gathered while others are used."""
+    return _ASYNCHRONOUS if platform() == "tpu" else None
+
+
 def spec(*logical: str | None) -> P | None:
     """Partition spec of an array whose axes have these logical names.
 

@@ -154,7 +154,9 @@ def _compile(
         return y, pull(x)
 
     # Arguments that a tower does not use are dropped by `jit`.
-    step = jax.jit(gradient if part == "gradient" else forward)
+    with jax.set_mesh(mesh):
+        options = sharding.compiler_options()
+    step = jax.jit(gradient if part == "gradient" else forward, compiler_options=options)
     arguments = (learned, rest, *tower.inputs[part])
     used = experiment.bytes_per_device((own, tower.inputs[part]))
     program, _ = compiling.compiled(step, arguments, mesh, used)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from internvl_jax.objectives import Objective
-from internvl_jax.sharding import spec
+from internvl_jax.sharding import compiler_options, spec
 from internvl_jax.train.gradients import Bind, value_and_grad
 from internvl_jax.train.state import TrainState
 
@@ -32,6 +32,8 @@ def make_train_step(
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiled `step(state, batch) -> (state, metrics)`; the state passed in is donated.
 
+    Call it under the mesh on which the step will run: its platform decides how it is compiled.
+
     bind: the whole parameter tree → the model; only `state.trainable` is differentiated.
     seed: of what is random in the objective. An example's key depends on it, on `state.step` and on
       the example's row, so a resumed run draws what the uninterrupted one would have drawn.
@@ -43,7 +45,7 @@ def make_train_step(
     exactly as they were; the step counts all the same, so the data moves on.
     """
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
     def step(state: TrainState, batch: dict):
         keys = example_keys(seed, state.step, batch)
         (loss, metrics), gradients = value_and_grad(
