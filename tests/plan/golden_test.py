@@ -42,3 +42,12 @@ def test_calls_of_inference_name_real_config_keys_and_records_are_theirs():
         recorded = json.loads(make_inference_plans.FILE.read_text(encoding="utf-8"))["plans"]
         for name, record in recorded.items():
             assert record["command"] == make_inference_plans.command(name)
+
+
+def test_what_fits_a_chip_is_shown_as_it_was_recorded():
+    recorded = json.loads(make_inference_plans.FILE.read_text(encoding="utf-8"))["plans"]
+    table = make_inference_plans.table(recorded)
+    root = make_plans.FOLDER.parent
+    assert table in (root / "docs" / "serving.md").read_text(encoding="utf-8")
+    notebook = json.loads((root / "launch/colab/quickstart.ipynb").read_text(encoding="utf-8"))
+    assert any(table in "".join(cell["source"]) for cell in notebook["cells"])
