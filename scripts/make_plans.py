@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, dict[str, int]]] = {
     "v5e:16x16": {
         "stage1": {"chunks": 8, "mesh.fsdp": 64},
         "stage1_224": {"chunks": 20},
-        "stage2": {"chunks": 4, "mesh.fsdp": 64},
+        "stage2": {"chunks": 5},
         "stage3": {"chunks": 1},
     },
     "v6e:16x16": {
