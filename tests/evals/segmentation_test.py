@@ -37,7 +37,7 @@ def test_upernet_finds_more_shapes_on_the_trained_tower(figures):
 
 @pytest.mark.slow
 def test_upernet_learns_with_a_tuned_tower(demo):
-    """Twenty updates at a high rate find the background; the tower takes part in them."""
+    """Twenty updates at a high rate find the background, which is all that they are held to."""
     options = dict(head="upernet", tune=True, channels=8, steps=20, warmup=2, test_images=4,
                    train_images=16, batch_size=8, layer_decay=0.9)  # fmt: skip
     one = evaluator.build({"segmentation": options})["segmentation"]
