@@ -1,5 +1,6 @@
 """Files of torch.save: read as torch reads them, lazily, and without running what they ask for."""
 
+import importlib
 import json
 import os
 import pickle
@@ -60,7 +61,7 @@ def test_archive_without_tensors_or_cut_short_is_named(tmp_path):
 @pytest.fixture
 def torch():
     """For the slow tests: files that torch itself wrote."""
-    return pytest.importorskip("torch")
+    return importlib.import_module("torch")
 
 
 def state_of(torch):
