@@ -17,9 +17,8 @@ from pathlib import Path
 
 _EXIT = re.compile(r"totalorder\s+%\S+,\s+(\d+)\s+/\* loop exit test \*/")
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s")
-_CALL = re.compile(
-    r'%([\w.\-]+) = [^\n]*?custom_call_target="tpu_custom_call"[^\n]*?"body":"([^"]*)"'
-)
+_CALL = re.compile(r'%([\w.\-]+) = [^\n]*?custom_call_target="tpu_custom_call"')
+_BODY = re.compile(r'"body":"([^"]*)"')
 _FILE = re.compile(r"\d+-(.*)-\d+-final_bundles\.txt$")
 
 
@@ -60,7 +59,7 @@ def cycles(folder: Path, program: str) -> dict[str, int]:
 
     program: `Compiled.as_text()` of the only program compiled since `dumped` or `clear`.
     """
-    bodies = dict(_CALL.findall(program))
+    bodies = _bodies(program)
     found = {}
     for file in folder.iterdir():
         name = _FILE.match(file.name)
@@ -69,6 +68,17 @@ def cycles(folder: Path, program: str) -> dict[str, int]:
     # Of equal kernels the compiler schedules one.
     by_body = {bodies[name]: count for name, count in found.items()}
     return {name: by_body[body] for name, body in bodies.items() if body in by_body}
+
+
+def _bodies(program: str) -> dict[str, str]:
+    """The code of each call; its own name where the text does not show any."""
+    calls = list(_CALL.finditer(program))
+    ends = [call.start() for call in calls[1:]] + [len(program)]
+    found = {}
+    for call, end in zip(calls, ends, strict=True):
+        body = _BODY.search(program, call.end(), end)
+        found[call.group(1)] = body.group(1) if body else call.group(1)
+    return found
 
 
 def issue_cycles(schedule: str) -> int:

@@ -38,6 +38,15 @@ def test_equal_kernels_share_a_schedule(tmp_path):
     assert kernels.cycles(tmp_path, text) == {"attention.1": 43, "attention.2": 43}
 
 
+def test_a_call_of_several_lines_or_without_its_code_counts(tmp_path):
+    """JAX's splash attention carries metadata with line breaks."""
+    (tmp_path / "10-splash.1-03-final_bundles.txt").write_text(SCHEDULE)
+    broken = call("splash.1", "one").replace("backend_config", '"{\n}", backend_config')
+    assert kernels.cycles(tmp_path, broken) == {"splash.1": 43}
+    bare = '  %splash.1 = f32[8] custom-call(%x), custom_call_target="tpu_custom_call"\n'
+    assert kernels.cycles(tmp_path, bare) == {"splash.1": 43}
+
+
 def call(name, body):
     config = f'{{"custom_call_config":{{"body":"{body}"}}}}'
     target = 'custom_call_target="tpu_custom_call"'
