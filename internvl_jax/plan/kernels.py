@@ -73,9 +73,9 @@ def cycles(folder: Path, program: str) -> dict[str, int]:
 def _bodies(program: str) -> dict[str, str]:
     """The code of each call; its own name where the text does not show any."""
     calls = list(_CALL.finditer(program))
-    ends = [call.start() for call in calls[1:]] + [len(program)]
+    starts = [call.start() for call in calls] + [len(program)]
     found = {}
-    for call, end in zip(calls, ends, strict=True):
+    for call, end in zip(calls, starts[1:], strict=True):
         body = _BODY.search(program, call.end(), end)
         found[call.group(1)] = body.group(1) if body else call.group(1)
     return found

@@ -32,6 +32,11 @@ def test_only_the_programs_kernels_count(tmp_path):
     assert kernels.cycles(tmp_path, text) == {}
 
 
+def test_a_program_may_have_no_kernel(tmp_path):
+    (tmp_path / "11-fusion.7-03-final_bundles.txt").write_text(SCHEDULE)
+    assert kernels.cycles(tmp_path, "HloModule plain\n") == {}
+
+
 def test_equal_kernels_share_a_schedule(tmp_path):
     (tmp_path / "10-attention.1-03-final_bundles.txt").write_text(SCHEDULE)
     text = call("attention.1", "same") + call("attention.2", "same") + call("other.3", "another")
