@@ -3,6 +3,7 @@
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
+READY_DEMO := $(VENV)/.installed-demo
 READY := $(VENV)/.installed
 READY_ALL := $(VENV)/.installed-all
 READY_CURATE := .venv-curate/.installed
@@ -27,7 +28,7 @@ help:
 # step on a CPU takes about a third less time.
 demo: export GLIBC_TUNABLES = \
 	glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=100000000000
-demo: $(READY)
+demo: $(READY_DEMO)
 	$(VENV)/bin/internvl-jax demo --workdir=runs/demo
 
 test: $(READY)
@@ -46,9 +47,13 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 	@echo "open build/docs/index.html"
 
-$(READY): setup.py pyproject.toml constraints.txt
+$(READY_DEMO): setup.py pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: needs Python 3.11 or newer on the PATH" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable ".[report]"
+	@touch $@
+
+$(READY): $(READY_DEMO)
 	$(INSTALL) --editable ".[dev]"
 	@# The web page's gradio asks for an older Pillow than the recorded images are of; see setup.py.
 	$(INSTALL) --no-deps gradio

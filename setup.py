@@ -37,7 +37,7 @@ DATA = [
 # filter and dedup; pip takes older pillow, protobuf and pyarrow for Beam than constraints.txt has
 CURATE = ["apache-beam>=2.70", "datasketch>=1.6", "pyarrow>=18"]
 EVAL = ["pycocoevalcap>=1.2", "scikit-learn>=1.5"]  # CIDEr; linear probes
-DEMO = [*EVAL, "jinja2>=3.1"]  # scikit-learn also ships the handwritten digits; the report
+REPORT = [*EVAL, "jinja2>=3.1"]  # scikit-learn also ships the handwritten digits; the report
 # What gradio imports. It asks for a Pillow below 13, which resizes otherwise than in the recorded
 # images of the tests; it works with 13, so that the Makefile installs it alone after these.
 GRADIO = [
@@ -87,10 +87,11 @@ setup(
         "curate": CURATE,
         "gcs": ["gcsfs>=2025.2"],  # gs:// addresses of data
         "eval": EVAL,
-        "demo": [*DEMO, "gradio>=6.31"],  # the web page; pip takes Pillow 12 for it
+        "report": REPORT,  # the embedded job
+        "demo": [*REPORT, "gradio>=6.31"],  # and the web page; pip takes Pillow 12 for it
         "docs": DOCS,
         "serve": SERVE,
-        "dev": [*DATA, *EVAL, *DEMO, *DOCS, *SERVE, *GRADIO, *DEV],
+        "dev": [*DATA, *EVAL, *REPORT, *DOCS, *SERVE, *GRADIO, *DEV],
     },
     entry_points={
         "console_scripts": ["internvl-jax = internvl_jax.cli:main"],
