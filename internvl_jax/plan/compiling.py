@@ -6,8 +6,6 @@ from typing import Any
 
 import jax
 
-from internvl_jax.plan import kernels
-
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -29,7 +27,6 @@ def compiled(
     Raises:
         OutOfMemory: it does not fit the devices' memory.
     """
-    kernels.clear(kernels.keep_schedules())
     started = time.monotonic()
     try:
         with jax.set_mesh(mesh):

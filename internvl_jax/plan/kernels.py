@@ -1,4 +1,4 @@
-"""Cycles of Pallas kernels, which no estimate of the compiled program holds.
+"""Cycles of Pallas kernels, which no estimate of the compiled program holds, from schedules.
 
 The TPU compiler writes a kernel's final schedule if asked to: instruction bundles of which one
 issues per cycle, and loops whose trip counts stand in their exit tests. Bundles times trips are the
@@ -59,7 +59,10 @@ def cycles(folder: Path, program: str) -> dict[str, int]:
 
     program: `Compiled.as_text()` of the only program compiled since `dumped` or `clear`.
     """
-    bodies = _bodies(program)
+    bodies = {}
+    for name, text in calls(program):
+        body = _BODY.search(text)
+        bodies[name] = body.group(1) if body else name  # where the text does not show any
     found = {}
     for file in folder.iterdir():
         name = _FILE.match(file.name)
@@ -70,15 +73,14 @@ def cycles(folder: Path, program: str) -> dict[str, int]:
     return {name: by_body[body] for name, body in bodies.items() if body in by_body}
 
 
-def _bodies(program: str) -> dict[str, str]:
-    """The code of each call; its own name where the text does not show any."""
-    calls = list(_CALL.finditer(program))
-    starts = [call.start() for call in calls] + [len(program)]
-    found = {}
-    for call, end in zip(calls, starts[1:], strict=True):
-        body = _BODY.search(program, call.end(), end)
-        found[call.group(1)] = body.group(1) if body else call.group(1)
-    return found
+def calls(program: str) -> list[tuple[str, str]]:
+    """(instruction, the program's text from there to the next call) of each Pallas kernel."""
+    found = list(_CALL.finditer(program))
+    starts = [call.start() for call in found] + [len(program)]
+    return [
+        (call.group(1), program[start:end])
+        for call, start, end in zip(found, starts, starts[1:], strict=False)
+    ]
 
 
 def issue_cycles(schedule: str) -> int:

@@ -17,7 +17,7 @@ from internvl_jax import rules, sharding
 from internvl_jax.kernels import Causal, Full, Keys
 from internvl_jax.models import ChatConfig, InternVLConfig, LanguageModelConfig, init
 from internvl_jax.models import config as models
-from internvl_jax.plan import chips, compiling, experiment, kernels, schedule
+from internvl_jax.plan import chips, compiling, experiment, kernel_times, schedule
 from internvl_jax.train import state as states
 
 GIB = 2**30
@@ -163,7 +163,7 @@ def _compile(
     chip, shape = chips.parse(name)
     places = [device.coords for device in mesh.devices.flat]
     text = program.as_text()
-    known = kernels.cycles(kernels.keep_schedules(), text)
+    known = kernel_times.cycles(text, name)
     read = schedule.read(text, chip, places, shape, known)
     kinds = read.bytes_by_kind().values()
     return Layers(

@@ -19,7 +19,7 @@ from internvl_jax.plan import (
     compiling,
     experiment,
     inference,
-    kernels,
+    kernel_times,
     schedule,
     topology,
 )
@@ -204,7 +204,7 @@ def on(
         + memory.generated_code_size_in_bytes
     )
     places = [device.coords for device in built.mesh.devices.flat]
-    known = kernels.cycles(kernels.keep_schedules(), text)
+    known = kernel_times.cycles(text, name)
     read = schedule.read(text, chip, places, shape, known)
     per_chip = chip.devices_per_chip / 1e9
     kinds = {

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from internvl_jax.plan import chips, kernels
+from internvl_jax.plan import chips
 
 INSTALL = "pip install 'internvl-jax[plan]'"
 
@@ -29,31 +29,35 @@ def opened(topology: str) -> Iterator[list[Any]]:
         TopologyError: no such topology.
         LibtpuError: libtpu is missing (with the command that installs it) or does not start.
     """
+    with _one_at_a_time():
+        yield devices(topology)
+
+
+def devices(topology: str) -> list[Any]:
+    """As `opened`, for a process that another one with the compiler waits for."""
     chip, shape = chips.parse(topology)
     options: dict[str, Any] = dict(chip.options)
     if max(shape) == 1:  # a host of one chip; the compiler expects four
         options["chips_per_host_bounds"] = (1, 1, 1)
     if importlib.util.find_spec("libtpu") is None:
         raise LibtpuError(f"planning needs the TPU compiler, libtpu; install it with: {INSTALL}")
-    with _one_at_a_time():
-        # Read when libtpu loads. Nothing here looks for a TPU or for a cloud's metadata.
-        os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-        os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-        os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-        # The lock above does what libtpu's own would, which fails where this one waits.
-        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-        kernels.keep_schedules()
-        from jax.experimental import topologies
+    # Read when libtpu loads. Nothing here looks for a TPU or for a cloud's metadata.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    # The lock of `opened` does what libtpu's own would, which fails where that one waits.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    from jax.experimental import topologies
 
-        try:
-            described = topologies.get_topology_desc(
-                platform="tpu", topology_name=topology, **options
-            )
-        except Exception as error:
-            raise LibtpuError(f"libtpu does not give topology {topology}: {error}") from error
-        yield list(described.devices)
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **options
+        )
+    except Exception as error:
+        raise LibtpuError(f"libtpu does not give topology {topology}: {error}") from error
+    return list(described.devices)
 
 
 @contextlib.contextmanager
