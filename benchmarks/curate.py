@@ -223,7 +223,8 @@ def near(one: np.ndarray, others: np.ndarray) -> np.ndarray:
         meet = np.flatnonzero(meet & (spread[1:, 0] > 0) & (spread[0, 0] > 0))
         if len(meet):
             whole = hashing.views(one[None], np.array([a]))
-            found[meet] |= hashing.copies(whole, hashing.views(others[meet], np.full(len(meet), b)))
+            views = hashing.views(others[meet], np.full(len(meet), b))
+            found[meet] |= hashing.copies(whole, views)[0]
     return np.flatnonzero(found)
 
 

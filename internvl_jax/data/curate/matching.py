@@ -1,18 +1,18 @@
 """Which records are near-duplicates of earlier ones: a shard, and a part of the keys, at a time.
 
 A shard's keys are written in parts by their value, so that equal keys of all shards meet in one
-part; a part is then worked through alone. Thumbnails of images and signatures of captions lie in
-one array per shard, which is mapped into memory; what rules most pairs of images out stands beside
-their keys. A record goes if it is near an
-earlier one, or one of those to exclude, whatever becomes of that one; so the result does not depend
-on any order of the work.
+part; a part is then worked through alone, some thousands of entries at a time. Thumbnails of images
+and signatures of captions lie in one array per shard, which is mapped into memory; what rules most
+pairs of images out stands beside their keys. A record goes if it is near an earlier one, or one of
+those to exclude, whatever becomes of that one; so the result does not depend on any order of the
+work.
 """
 
 import dataclasses
 import itertools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from pyarrow import parquet
@@ -22,7 +22,7 @@ from internvl_jax.data.curate import hashing
 KEY = np.dtype([("key", "<u8"), ("record", "<u8")])
 IMAGE_KEY = np.dtype([*KEY.descr, ("part", "u1"), ("spread", "u1"), ("head", "i1", hashing.HEAD)])
 KINDS = ("images", "captions")
-_MOST = 20_000  # entries of one key that are compared with one another
+_MOST = 20_000  # entries of one key that are compared with one another; and read at a time
 _BLOCK = 256  # of them at a time
 
 
@@ -85,21 +85,41 @@ def match(work: Work, part: int) -> None:
     stored = _Stored(
         np.array(work.starts), [np.load(work.hashes(shard), mmap_mode="r") for shard in shards]
     )
-    near = _near_images if work.kind == "images" else _near_captions
-    for group in _groups(entries):
-        removed.update(near(group, stored))
+    images = work.kind == "images"
+    near = _near_images if images else _near_captions
+    for groups in _batches(_groups(entries)):
+        first, end = groups[0].start, groups[-1].stop
+        compared = stored[entries["record"][first:end]]
+        if images:
+            compared = hashing.views(compared, entries["part"][first:end])
+        for group in groups:
+            own = compared[group.start - first : group.stop - first]
+            removed.update(near(entries[group], own))
     found = np.array(sorted(removed), np.uint64)
     save(work.removed(part), found[found >= work.excluded])
 
 
-def _groups(entries: np.ndarray) -> Iterator[np.ndarray]:
+def _groups(entries: np.ndarray) -> Iterator[slice]:
     """The entries of each key that more than one record has, in the order of the records."""
     bounds = [0, *(np.flatnonzero(np.diff(entries["key"])) + 1).tolist(), len(entries)]
+    records = entries["record"]
     for first, end in itertools.pairwise(bounds):
         for start in range(first, end, _MOST):
-            piece = entries[start : min(start + _MOST, end)]
-            if len(piece) > 1 and piece["record"][0] != piece["record"][-1]:
-                yield piece
+            last = min(start + _MOST, end) - 1
+            if records[start] != records[last]:
+                yield slice(start, last + 1)
+
+
+def _batches(groups: Iterable[slice]) -> Iterator[list[slice]]:
+    """Groups that follow one another, so many that their records are worth reading together."""
+    batch: list[slice] = []
+    for group in groups:
+        batch.append(group)
+        if group.stop - batch[0].start >= _MOST:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,24 +139,16 @@ class _Stored:
         return found
 
 
-def _near_images(group: np.ndarray, stored: _Stored) -> Iterator[int]:
+def _near_images(group: np.ndarray, views: np.ndarray) -> Iterator[int]:
     """Records of a group that are copies of an earlier one of it, by the views that meet."""
     for start in range(0, len(group), _BLOCK):
-        rows = group[start : start + _BLOCK]
-        open_pairs = _possible(rows, group)
-        found = np.zeros(len(rows), bool)
-        # One pair of each row at a time: most rows that are copies are so by their first pair.
-        while len(active := np.flatnonzero(open_pairs.any(axis=1))):
-            others = open_pairs[active].argmax(axis=1)
-            one, two = (
-                hashing.views(stored[entries["record"]], entries["part"])
-                for entries in (rows[active], group[others])
-            )
-            open_pairs[active, others] = False
-            same = active[hashing.copies(one, two)]
-            found[same] = True
-            open_pairs[same] = False
-        yield from rows["record"][found].tolist()
+        rows = slice(start, start + _BLOCK)
+        possible = _possible(group[rows], group)
+        left, right = (np.flatnonzero(possible.any(axis=axis)) for axis in (1, 0))
+        if len(left):
+            same = hashing.copies(views[rows][left], views[right])
+            same &= possible[np.ix_(left, right)]
+            yield from group[rows]["record"][left[same.any(axis=1)]].tolist()
 
 
 def _possible(rows: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -153,8 +165,7 @@ def _possible(rows: np.ndarray, group: np.ndarray) -> np.ndarray:
     return possible & (group["record"] < rows["record"][:, None])
 
 
-def _near_captions(group: np.ndarray, stored: _Stored) -> Iterator[int]:
-    signatures = stored[group["record"]]
+def _near_captions(group: np.ndarray, signatures: np.ndarray) -> Iterator[int]:
     for row in range(1, len(group)):
         share = (signatures[:row] == signatures[row]).mean(axis=1)
         if (share >= hashing.CAPTION_SHARE).any():
