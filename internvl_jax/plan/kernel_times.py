@@ -35,7 +35,7 @@ def cycles(program: str, topology: str) -> dict[str, int]:
     """Issue cycles of one call of each Pallas kernel, by its instruction in the program's text.
 
     program: `Compiled.as_text()` of a program for a chip of `topology`. A kernel that does not
-    compile alone is left out.
+    compile alone is left out, and said so on standard error.
     """
     wanted = {name: call for name, text in kernels.calls(program) if (call := _parsed(text))}
     if not wanted:
@@ -74,9 +74,11 @@ def _compiled(calls: Sequence[str], topology: str) -> dict[str, int]:
         text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
-    if done.returncode:
-        raise RuntimeError(f"the kernels' schedules cannot be had: {done.stderr.strip()[-500:]}")
-    counts = json.loads(done.stdout.splitlines()[-1])
+    # The program took minutes to compile, and all but its time is known without its kernels.
+    counts = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
+    if len(counts) < len(calls):
+        missing = f"{len(calls) - len(counts)} of {len(calls)} kernels have no schedule"
+        print(f"{missing}: {done.stderr.strip()[-500:]}", file=sys.stderr, flush=True)
     return {calls[int(number)]: count for number, count in counts.items()}
 
 
