@@ -72,7 +72,7 @@ class Recipe:
 
 RECIPES = (
     Recipe("v5e-16B", "v5e:16x16", 4096, 64, 28672, 32, 6, 1, "full", 120),
-    Recipe("v5e-32B", "v5e:16x16", 8192, 64, 28672, 32, 4, 1, "full", 132),
+    Recipe("v5e-32B", "v5e:16x16", 8192, 64, 28672, 32, 4, 1, "full", 132, ours=3),
     Recipe("v5e-64B", "v5e:16x16", 8192, 64, 28672, 64, 2, 1, "full", 118, held_out=True),
     Recipe("v5p-32B", "v5p:4x4x4", 8192, 64, 28672, 32, 6, 4, "dots", 328, ours=3),
     Recipe("v5p-64B", "v5p:4x4x4", 8192, 64, 28672, 64, 3, 4, "dots", 323, ours=1.5),
