@@ -35,7 +35,7 @@ test: $(READY)
 	$(PYTEST)
 
 test-all: $(READY_ALL) $(READY_CURATE)
-	$(PYTEST) -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow" --durations=25 --durations-min=10
 
 plans: $(READY_ALL)
 	$(VENV)/bin/python scripts/make_plans.py
