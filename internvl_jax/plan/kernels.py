@@ -76,10 +76,10 @@ def cycles(folder: Path, program: str) -> dict[str, int]:
 def calls(program: str) -> list[tuple[str, str]]:
     """(instruction, the program's text from there to the next call) of each Pallas kernel."""
     found = list(_CALL.finditer(program))
-    starts = [call.start() for call in found] + [len(program)]
+    ends = [call.start() for call in found[1:]] + [len(program)]
     return [
-        (call.group(1), program[start:end])
-        for call, start, end in zip(found, starts, starts[1:], strict=False)
+        (call.group(1), program[call.start() : end])
+        for call, end in zip(found, ends[: len(found)], strict=True)
     ]
 
 

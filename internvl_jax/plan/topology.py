@@ -29,6 +29,7 @@ def opened(topology: str) -> Iterator[list[Any]]:
         TopologyError: no such topology.
         LibtpuError: libtpu is missing (with the command that installs it) or does not start.
     """
+    chips.parse(topology)  # a wrong name is refused without waiting
     with _one_at_a_time():
         yield devices(topology)
 
