@@ -12,6 +12,10 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile \
 # A worker per core; the tests of a file share what they train, so they stay together.
 PYTEST = $(VENV)/bin/python -m pytest -q --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
+# A machine that forbids bytecode compiles every module again in each of the many commands that the
+# tests start: ten seconds of imports instead of four.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-all plans lint docs clean
 .DEFAULT_GOAL := help
 
