@@ -16,8 +16,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from turns import alternate, forward_flops
 
 from internvl_jax.convert import hf
 from internvl_jax.convert.mapping import TorchTensors
@@ -82,7 +81,7 @@ def measure(batch: int, rounds: int, unroll: int) -> dict[str, Any]:
         name: 2 * tokens * TOWER.width * TOWER.mlp_dim / seconds
         for name, seconds in alternate(products(tokens), 5 * rounds).items()
     }
-    whole = work(tokens, batch) / max(rates.values())
+    whole = forward_flops(TOWER, batch) / max(rates.values())
     least = {what: passes * whole for what, passes in WORK.items()}
     return {
         "tower": {"width": TOWER.width, "depth": TOWER.depth, "batch": batch, "unroll": unroll},
@@ -101,25 +100,6 @@ def measure(batch: int, rounds: int, unroll: int) -> dict[str, Any]:
             for what, times in medians.items()
         },
     }
-
-
-def alternate(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, in turns; the first of each warms up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
-
-
-def work(tokens: int, batch: int) -> float:
-    """FLOPs of the products of one forward pass: weights, and attention's two."""
-    width, depth = TOWER.width, TOWER.depth
-    weights = depth * (4 * width**2 + 2 * width * TOWER.mlp_dim) + TOWER.patch_size**2 * 3 * width
-    return 2 * tokens * weights + 4 * depth * width * tokens**2 / batch
 
 
 def products(tokens: int) -> dict[str, Callable[[], Any]]:
