@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from internvl_jax.kernels import cudnn, pallas_tpu, reference, xla
 from internvl_jax.kernels.masks import Full, Mask
@@ -61,7 +62,8 @@ def attention(
             "pallas_tpu" by name also runs on a CPU, interpreted (slowly).
 
     Returns:
-        [B, T, H, D] in the dtype of `value`; scores and softmax are float32.
+        [B, T, H, D] in the dtype of `value`; scores and softmax are float32. It bears the name
+        "attention" for a policy of rematerialisation, as does all that a kernel's backward reads.
 
     Raises:
         ValueError: unknown implementation, one that cannot run (with the reason), or head counts
@@ -81,7 +83,9 @@ def attention(
         reason = IMPLEMENTATIONS[chosen].supports(query, key, value, mask)
         if reason is not None:
             raise ValueError(f"attention implementation {chosen!r} cannot run here: {reason}")
-    return IMPLEMENTATIONS[chosen].attention(query, key, value, mask=mask, scale=scale)
+    mixed = IMPLEMENTATIONS[chosen].attention(query, key, value, mask=mask, scale=scale)
+    # The kernels name theirs: a second name would be a second thing to keep.
+    return mixed if chosen == "pallas_tpu" else checkpoint_name(mixed, "attention")
 
 
 def _choose(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> str:

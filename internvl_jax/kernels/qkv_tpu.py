@@ -71,8 +71,9 @@ def _attend(settings: tuple, qkv: jax.Array, weights: jax.Array | None) -> jax.A
 
 
 def _save(settings, qkv, weights):
-    out, log_sum = _forward(settings, qkv, weights)
-    return out, (qkv, weights, checkpoint_name(log_sum, "attention"))
+    kept = _forward(settings, qkv, weights)
+    out, log_sum = (checkpoint_name(a, "attention") for a in kept)
+    return out, (qkv, weights, log_sum)
 
 
 def _forward(settings, qkv, weights):

@@ -140,8 +140,9 @@ def _attend(sizes, query, key, value, mask):
 
 
 def _save(sizes, query, key, value, mask):
-    mixed, log_sums = _forward(sizes, query, key, value, mask)
-    return mixed, (query, key, value, mask, checkpoint_name(log_sums, "attention"))
+    kept = _forward(sizes, query, key, value, mask)
+    mixed, log_sums = (checkpoint_name(a, "attention") for a in kept)
+    return mixed, (query, key, value, mask, log_sums)
 
 
 def _pull(sizes, saved, gradient):

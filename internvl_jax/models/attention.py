@@ -47,7 +47,7 @@ class ViTAttention(nnx.Module):
             qk_norm=norms,
             eps=self.eps,
         )
-        return self.proj(checkpoint_name(mixed, "attention"), scale=scale)
+        return self.proj(mixed, scale=scale)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries and keys as they meet, and values, each [B, N, H, D]: for looking at them."""
@@ -91,7 +91,7 @@ class LlamaAttention(nnx.Module):
     def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> jax.Array:
         """Attention and output projection: [B, T, W]."""
         mixed = merge_heads(kernels.attention(query, key, value, mask=mask), "heads")
-        return self.o(checkpoint_name(mixed, "attention"))
+        return self.o(mixed)
 
 
 class CrossAttention(nnx.Module):
@@ -117,16 +117,17 @@ class CrossAttention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, Q, H, D] of `x` [B, Q, W]; keys and values [B, N, H, D] of `vision`."""
         vision = self.norm2(vision.astype(x.dtype))
-        query = split_heads(self.q(self.norm1(x), "heads"), self.heads, "heads")
-        key = split_heads(self.k(vision, "heads"), self.heads, "heads")
-        value = split_heads(self.v(vision, "heads"), self.heads, "heads")
+        query = checkpoint_name(self.q(self.norm1(x), "heads"), "qkv")
+        query = split_heads(query, self.heads, "heads")
+        key, value = (checkpoint_name(w(vision, "heads"), "qkv") for w in (self.k, self.v))
+        key, value = (split_heads(a, self.heads, "heads") for a in (key, value))
         return query, key, value
 
     def __call__(self, x: jax.Array, vision: jax.Array) -> jax.Array:
         """Residual update for the query positions, [B, Q, W]."""
         query, key, value = self.project(x, vision)
         mixed = merge_heads(kernels.attention(query, key, value), "heads")
-        return self.o(checkpoint_name(mixed, "attention"))
+        return self.o(mixed)
 
 
 class AttentionPool(nnx.Module):

@@ -188,13 +188,16 @@ def stack(build: Any, depth: int, key: jax.Array) -> Any:
 
 
 # What a layer keeps for its backward pass, from the least memory to the least recomputation. The
-# names are those of `checkpoint_name` in `attention.py`.
-_keep = jax.checkpoint_policies.save_only_these_names
+# names are those of `checkpoint_name` in `attention.py` and the kernels.
+_policies = jax.checkpoint_policies
+_keep = _policies.save_only_these_names
 REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "full": _policies.nothing_saveable,
     "attention": _keep("attention"),
     "projections": _keep("attention", "qkv"),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _keep("attention")
+    ),
     "none": None,
 }
 
@@ -203,7 +206,8 @@ def remat(body: Any, policy: str) -> Any:
     """Wrap a scan body in rematerialisation by the name of a policy.
 
     "full" keeps the layer's input alone; "attention" also what attention gives, "projections" its
-    queries, keys and values too, "dots" every product with a weight; "none" keeps everything.
+    queries, keys and values too, "dots" every product with a weight besides; "none" keeps
+    everything.
     """
     if policy == "none":
         return body

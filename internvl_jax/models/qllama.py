@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from internvl_jax.kernels import Mask, attention
 from internvl_jax.models.attention import CrossAttention, merge_heads
@@ -36,7 +35,7 @@ def cross_attend(cross: CrossAttention, x: jax.Array, vision: jax.Array, queries
     with jax.named_scope("cross_attention"):
         query, key, value = cross.project(packed, vision)
         mixed = merge_heads(attention(query, key, value), "heads")
-        update = cross.o(checkpoint_name(mixed, "attention"))
+        update = cross.o(mixed)
     update = jnp.reshape(update, (rows, queries, width), out_sharding=wide)
     return jnp.concatenate([head + update, rest], axis=1)
 
