@@ -31,6 +31,8 @@ class Objective:
     loss: loss and metrics of the outputs of the whole batch.
     features: those outputs alone in which the loss is not linear, at the least cost; in every other
       output it must be linear.
+    vision: the vision tokens [B, N, D] that features and outputs start from, where both do: those
+      of the batch under "vision" if it has them, else the tower's.
     mine: fields of the batch that are chosen by the features of the whole batch, without a
       gradient; only where `mines` says that there are any.
 
@@ -44,6 +46,9 @@ class Objective:
 
     def mine(self, features: Outputs, batch: Batch) -> Batch:
         return batch
+
+    def vision(self, model: Any, batch: Batch, keys: jax.Array | None) -> jax.Array | None:
+        return None
 
     def features(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
         return {}
@@ -129,6 +134,14 @@ class Instruct(Language):
         return loss, metrics
 
 
+def _vision(
+    model: Any, batch: Batch, keys: jax.Array | None, mask_ratio: float = 0.0
+) -> jax.Array:
+    if "vision" in batch:
+        return batch["vision"]
+    return model.vision(batch["image"], mask_ratio=mask_ratio, keys=keys)
+
+
 @dataclasses.dataclass(frozen=True)
 class Contrastive(Objective):
     """Stage 1: symmetric cross-entropy over the similarities of the global batch (paper §3.3).
@@ -143,9 +156,11 @@ class Contrastive(Objective):
     mask_ratio: float = 0.0
     ring: bool = False
 
+    def vision(self, model: Any, batch: Batch, keys: jax.Array | None) -> jax.Array:
+        return _vision(model, batch, keys, self.mask_ratio)
+
     def features(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
-        vision = model.vision(batch["image"], mask_ratio=self.mask_ratio, keys=keys)
-        image = model.image_features(vision, "c")
+        image = model.image_features(self.vision(model, batch, keys), "c")
         return {"image": image, "text": model.encode_text(batch["text"])}
 
     def outputs(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
@@ -259,8 +274,11 @@ class Generative(Objective):
         )
         return {**batch, "matching": matching, "match_labels": match_labels}
 
+    def vision(self, model: Any, batch: Batch, keys: jax.Array | None) -> jax.Array:
+        return _vision(model, batch, keys)
+
     def features(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
-        vision = model.vision(batch["image"], keys=keys)
+        vision = self.vision(model, batch, keys)
         queries, texts = _middleware_groups(model, vision, [batch["text"]], [ITC])
         return self._features(model, batch, queries[:, 0], texts[:, 0])
 
@@ -271,7 +289,7 @@ class Generative(Objective):
         return {"image": image, "text": model.project_text(text, batch["text"] > 0)}
 
     def outputs(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
-        vision = model.vision(batch["image"], keys=keys)
+        vision = self.vision(model, batch, keys)
         groups = [batch["matching"], batch["text"], batch["caption"]]
         queries, texts = _middleware_groups(model, vision, groups, [ITM, ITC, ITG])
         match_logits = model.match_logits(queries[:, 0])
@@ -323,8 +341,11 @@ class Retrieval(Objective):
     Batch: image, positive, negative, text, image_id [B] (captions of one image share it).
     """
 
+    def vision(self, model: Any, batch: Batch, keys: jax.Array | None) -> jax.Array:
+        return _vision(model, batch, keys)
+
     def features(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
-        vision = model.vision(batch["image"], keys=keys)
+        vision = self.vision(model, batch, keys)
         queries, texts = _middleware_groups(model, vision, [batch["text"]], [ITC])
         return self._features(model, batch, vision, queries[:, 0], texts[:, 0])
 
@@ -338,7 +359,7 @@ class Retrieval(Objective):
         }
 
     def outputs(self, model: Any, batch: Batch, keys: jax.Array | None) -> Outputs:
-        vision = model.vision(batch["image"], keys=keys)
+        vision = self.vision(model, batch, keys)
         groups = [batch["negative"], batch["positive"], batch["text"]]
         queries, texts = _middleware_groups(model, vision, groups, [ITM, ITM, ITC])
         size = batch["image"].shape[0]

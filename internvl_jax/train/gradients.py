@@ -7,7 +7,8 @@ the examples of a batch with one another (the contrastive ones), their features 
     2. the gradient of the loss by the outputs of all examples
     3. forward and backward over the chunks with that gradient, adding up
 
-(Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup".) An
+(Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup".) What a
+frozen vision tower gives is the same in 1 and 3, so 1 keeps it: it has no activations to hold. An
 example draws its randomness from a key of its own, so 1 and 3 see the same masks, and the result
 does not depend on the number of chunks.
 
@@ -63,11 +64,16 @@ def _in_chunks(
 ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], dict]:
     batch = objective.prepare(batch)
     given, numbers = _cut((batch, keys), chunks), jnp.arange(chunks)
+    tower_learns = any(path.startswith("vit/") for path in rules.flatten(trainable))
 
-    def features(_: None, number: jax.Array) -> tuple[None, dict]:
-        return None, objective.features(model(trainable), *_chunk(given, number))
+    def features(_: None, number: jax.Array) -> tuple[None, tuple[dict, dict]]:
+        whole, (part, part_keys) = model(trainable), _chunk(given, number)
+        vision = None if tower_learns else objective.vision(whole, part, part_keys)
+        kept = {} if vision is None else {"vision": vision}
+        return None, (objective.features(whole, {**part, **kept}, part_keys), kept)
 
-    cached = _joined(jax.lax.scan(features, None, numbers)[1])
+    cached, kept = _joined(jax.lax.scan(features, None, numbers)[1])
+    batch = {**batch, **kept}
     if objective.mines:
         batch = objective.mine(cached, batch)
     parts = _cut((batch, keys), chunks)

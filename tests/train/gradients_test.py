@@ -10,6 +10,7 @@ import pytest
 from internvl_jax import models, rules
 from internvl_jax.objectives import OBJECTIVES
 from internvl_jax.sharding import batch_sharding, make_mesh
+from internvl_jax.train import flops
 from internvl_jax.train.gradients import value_and_grad
 from tests import objectives_test
 
@@ -70,3 +71,25 @@ def test_chunks_equal_one_pass(name):
     for path, reference in gradient.items():
         bound = 1e-4 * np.abs(reference).max() + 2e-6
         assert np.abs(other[2][path] - reference).max() <= bound, path
+
+
+def test_a_frozen_tower_works_once_however_many_the_chunks():
+    objective = OBJECTIVES["generative"]()
+    config = models.from_dict({"family": "internvl", "size": "tiny", "depth": 1})
+    batch, params = (
+        objectives_test.make_batch("generative"),
+        models.create(config, jax.random.key(0)),
+    )
+    keys = jax.random.split(jax.random.key(1), objectives_test.ROWS)
+    bind = functools.partial(models.bind, config)
+
+    def work(trainable, chunks):
+        learned, frozen = rules.partition(params, trainable)
+        step = functools.partial(value_and_grad, objective, bind, chunks=chunks)
+        return flops.count(step, learned, frozen, batch, keys)
+
+    def twice(trainable):
+        return work(trainable, 2) - work(trainable, 1)  # what is computed for the features
+
+    tower = flops.count(lambda p: bind(p).vision(batch["image"]), params)
+    assert twice("queries|vit/.*") - twice("queries") == pytest.approx(tower, rel=0.01)
