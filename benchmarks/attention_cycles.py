@@ -39,8 +39,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from internvl_jax import kernels, sharding
 from internvl_jax.models import rope
-from internvl_jax.plan import chips, hlo, schedule, topology
-from internvl_jax.plan import kernels as schedules
+from internvl_jax.plan import chips, hlo, kernel_times, schedule, topology
 
 DIM, EPS = 128, 1e-6
 VIT, LLAMA = 25 * DIM, 32 * DIM  # widths
@@ -212,8 +211,9 @@ CASES = {  # sublayer, shape of its input, shapes of its weights and other input
 }
 
 
-def measure(case, path, chip, device, dump):
-    """Cycles and memory of one path, forward and backward."""
+def measure(case, path, name, device):
+    """Cycles and memory of one path, forward and backward, on a chip of the topology `name`."""
+    chip, _ = chips.parse(name)
     sublayer, shape, others = CASES[case]
     mesh = sharding.make_mesh(devices=[device])
     with jax.set_mesh(mesh):
@@ -224,11 +224,10 @@ def measure(case, path, chip, device, dump):
             return jnp.sum(jnp.square(sublayer(path, x, w).astype(jnp.float32)))
 
         step = jax.jit(jax.value_and_grad(loss, (0, 1)))
-        schedules.clear(dump)
         traced = step.trace(array(shape), {name: array(s) for name, s in others.items()})
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     text = compiled.as_text()
-    issue = schedules.cycles(dump, text)
+    issue = kernel_times.cycles(text, name)
     floor = {k: b / chip.hbm_bandwidth * chip.clock for k, b in hbm_bytes(text).items()}
     rest = schedule.read(text, chip, [(0,) * chip.dimensions], (1,) * chip.dimensions)
     return {
@@ -271,17 +270,15 @@ def main():
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    chip, _ = chips.parse(arguments.topology)
     versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
     found = {"date": datetime.date.today().isoformat(), "topology": arguments.topology}
     found |= {"versions": versions, "rows": []}
     print("millions of cycles  total     adds  kernels  temp MiB  each kernel")
-    dump = schedules.keep_schedules()
     with topology.opened(arguments.topology) as devices:
         for case in arguments.cases:
             base = None
             for path in arguments.paths:
-                row = measure(case, path, chip, devices[0], dump)
+                row = measure(case, path, arguments.topology, devices[0])
                 if path == "none":
                     base = row["kernel_cycles"] + row["xla_cycles"]
                 show(row, base)
