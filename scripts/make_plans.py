@@ -29,34 +29,39 @@ STAGES = {
     # The batch of the paper's own mixture (A.3); the config's 128 are those of LLaVA-1.5.
     "stage3": ("stage3_sft", {"batch_size": 512, "mesh.replica": -1, "mesh.fsdp": 128}),
 }
-# What a stage is set to on each topology; the rest is as in its config.
-SETTINGS: dict[str, dict[str, dict[str, int]]] = {
+# What a stage is set to on each topology; the rest is as in its config. Memory that is left pays
+# for fewer chunks first (each gathers the weights anew, and several need a pass for the features
+# more), then for what the backward pass need not compute again.
+_ATTENTION, _PROJECTIONS, _DOTS = (
+    {"model.remat": policy} for policy in ("attention", "projections", "dots")
+)
+SETTINGS: dict[str, dict[str, dict[str, int | str]]] = {
     # A 64th of a matrix of InternViT has an even number of rows, which the TPU's tiles take.
     "v5e:16x16": {
         "stage1": {"chunks": 8, "mesh.fsdp": 64},
         "stage1_224": {"chunks": 20},
-        "stage2": {"chunks": 5},
+        "stage2": {"chunks": 4, **_ATTENTION},
         "stage3": {"chunks": 1},
     },
     "v6e:16x16": {
-        "stage1": {"chunks": 5},
-        "stage2": {"chunks": 2},
-        "stage3": {"chunks": 2},
+        "stage1": {"chunks": 2},
+        "stage2": {"chunks": 1},
+        "stage3": {"chunks": 1, **_PROJECTIONS},
     },
     "v5p:4x4x4": {
-        "stage1": {"chunks": 5, "mesh.fsdp": 64},
-        "stage2": {"chunks": 4, "mesh.fsdp": 64},
-        "stage3": {"chunks": 4, "mesh.fsdp": 64},
+        "stage1": {"chunks": 5, "mesh.fsdp": 64, **_ATTENTION},
+        "stage2": {"chunks": 2, "mesh.fsdp": 64, **_ATTENTION},
+        "stage3": {"chunks": 2, "mesh.fsdp": 64, **_DOTS},
     },
     "v5p:8x8x8": {
-        "stage1": {"chunks": 1},
-        "stage2": {"chunks": 1},
-        "stage3": {"chunks": 1},
+        "stage1": {"chunks": 1, **_ATTENTION},
+        "stage2": {"chunks": 1, **_DOTS},
+        "stage3": {"chunks": 1, **_DOTS},
     },
     "v4:4x8x8": {
-        "stage1": {"chunks": 5},
-        "stage2": {"chunks": 2},
-        "stage3": {"chunks": 2},
+        "stage1": {"chunks": 2},
+        "stage2": {"chunks": 1},
+        "stage3": {"chunks": 1, **_PROJECTIONS},
     },
 }
 LAYER_TOPOLOGIES = ("v5e:16x16", "v5p:8x8x8")
