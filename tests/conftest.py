@@ -5,6 +5,8 @@ their time in it.
 """
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
@@ -16,6 +18,13 @@ for flag in (
     if flag.split("=")[0] not in flags:
         flags = f"{flags} {flag}"
 os.environ["XLA_FLAGS"] = flags.strip()
+
+# One process at a time plans with the TPU compiler, by a lock among the temporary files. With files
+# of its own, no worker waits for another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    own = Path(tempfile.gettempdir()) / f"internvl_jax_tests_{os.getpid()}"
+    own.mkdir()
+    os.environ["TMPDIR"] = tempfile.tempdir = str(own)
 
 import jax  # noqa: E402
 

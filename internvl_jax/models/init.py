@@ -34,6 +34,7 @@ MODELS: dict[type, type] = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _build(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     base, adapters = jax.random.split(key)
     model = MODELS[type(config)](config, base)
@@ -43,7 +44,7 @@ def _build(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
 
 def create(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Random float32 parameters as a nested dict, born sharded over the current mesh."""
-    return jax.jit(functools.partial(_build, config))(key)
+    return _build(config, key)
 
 
 def abstract(config: ModelConfig) -> dict[str, Any]:

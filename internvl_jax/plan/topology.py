@@ -30,6 +30,7 @@ def opened(topology: str) -> Iterator[list[Any]]:
         LibtpuError: libtpu is missing (with the command that installs it) or does not start.
     """
     chips.parse(topology)  # a wrong name is refused without waiting
+    _check_installed()
     with _one_at_a_time():
         yield devices(topology)
 
@@ -40,8 +41,7 @@ def devices(topology: str) -> list[Any]:
     options: dict[str, Any] = dict(chip.options)
     if max(shape) == 1:  # a host of one chip; the compiler expects four
         options["chips_per_host_bounds"] = (1, 1, 1)
-    if importlib.util.find_spec("libtpu") is None:
-        raise LibtpuError(f"planning needs the TPU compiler, libtpu; install it with: {INSTALL}")
+    _check_installed()
     # Read when libtpu loads. Nothing here looks for a TPU or for a cloud's metadata.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -59,6 +59,11 @@ def devices(topology: str) -> list[Any]:
     except Exception as error:
         raise LibtpuError(f"libtpu does not give topology {topology}: {error}") from error
     return list(described.devices)
+
+
+def _check_installed() -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        raise LibtpuError(f"planning needs the TPU compiler, libtpu; install it with: {INSTALL}")
 
 
 @contextlib.contextmanager
