@@ -30,7 +30,7 @@ class Layers:
     """All layers of a tower over one chunk of the batch: bytes per device, time an estimate.
 
     tower: "vit", "middleware", "llama" or "llm". part: "features" (forward, before the chunks'
-    gradients), "forward" (a frozen tower in the gradient's pass) or "gradient" (forward and back).
+    gradients), "forward" (a frozen tower, which runs once) or "gradient" (forward and back).
     """
 
     tower: str
@@ -77,10 +77,10 @@ def _towers(config: Any, model_config: Any, mesh: jax.sharding.Mesh) -> list[_To
     def array(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    def parts(inputs: Any, first: Any = None, gradient: str = "gradient") -> dict[str, Any]:
+    def parts(inputs: Any, first: Any = None) -> dict[str, Any]:
         cached = config.chunks > 1 and config.objective in _CACHED
         before = {"features": inputs if first is None else first} if cached else {}
-        return before | {gradient: inputs}
+        return before | {"gradient": inputs}
 
     towers = []
     if isinstance(model_config, LanguageModelConfig):
@@ -95,13 +95,12 @@ def _towers(config: Any, model_config: Any, mesh: jax.sharding.Mesh) -> list[_To
         patches -= int(patches * config.objective_options.get("mask_ratio", 0.0))
         image = array(rows, 1 + patches, vit.width)
         trained = "vit" in _trained(config, model_config)
-        kind = "gradient" if trained else "forward"
         towers.append(
             _Tower(
                 "vit",
                 r"vit/blocks/.*",
                 lambda model, x: model.vit.run(x, None, layers=vit.depth)[0],
-                parts((image,), gradient=kind),
+                parts((image,)) if trained else {"forward": (image,)},
             )
         )
     if isinstance(model_config, InternVLConfig) and model_config.num_queries:

@@ -9,23 +9,17 @@ import json
 import pytest
 
 from internvl_jax import configuration
-from internvl_jax.plan import layers, topology
 from scripts import make_inference_plans, make_plans
 
 LAYERS = make_plans.FOLDER / "layers.json"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slice_", make_plans.LAYER_TOPOLOGIES)
-def test_the_layers_of_both_towers_are_as_recorded(slice_):
+@pytest.mark.parametrize(("stage", "slice_"), make_plans.LAYERS)
+def test_the_layers_of_every_tower_are_as_recorded(stage, slice_):
     recorded = json.loads(LAYERS.read_text(encoding="utf-8"))["layers"]
-    with topology.opened(slice_) as devices:
-        measured = layers.measure(make_plans.layer_config(slice_), slice_, devices)
-    assert [layer.tower for layer in measured] == ["vit", "llama"]
-    for layer in measured:
-        wanted = recorded[f"{slice_} {layer.tower}"]
-        assert layer.temp_gib == pytest.approx(wanted["temp_gib"], rel=0.02), layer
-        assert layer.collective_gb == pytest.approx(wanted["collective_gb"], rel=0.02), layer
+    for name, found in make_plans.measured_layers(stage, slice_).items():
+        assert found == pytest.approx(recorded[name], rel=0.02), name
 
 
 def test_every_recorded_plan_fits_with_room_to_spare():
