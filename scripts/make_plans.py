@@ -41,18 +41,18 @@ SETTINGS: dict[str, dict[str, dict[str, int | str]]] = {
     "v5e:16x16": {
         "stage1": {"chunks": 8, "mesh.fsdp": 64},
         "stage1_224": {"chunks": 20},
-        "stage2": {"chunks": 4, **_ATTENTION},
+        "stage2": {"chunks": 5},
         "stage3": {"chunks": 1},
     },
     "v6e:16x16": {
-        "stage1": {"chunks": 2},
+        "stage1": {"chunks": 4},
         "stage2": {"chunks": 1},
         "stage3": {"chunks": 1, **_PROJECTIONS},
     },
     "v5p:4x4x4": {
-        "stage1": {"chunks": 5, "mesh.fsdp": 64, **_ATTENTION},
+        "stage1": {"chunks": 5, "mesh.fsdp": 64},
         "stage2": {"chunks": 2, "mesh.fsdp": 64, **_ATTENTION},
-        "stage3": {"chunks": 2, "mesh.fsdp": 64, **_DOTS},
+        "stage3": {"chunks": 4, "mesh.fsdp": 64},
     },
     "v5p:8x8x8": {
         "stage1": {"chunks": 1, **_ATTENTION},
@@ -60,7 +60,7 @@ SETTINGS: dict[str, dict[str, dict[str, int | str]]] = {
         "stage3": {"chunks": 1, **_DOTS},
     },
     "v4:4x8x8": {
-        "stage1": {"chunks": 2},
+        "stage1": {"chunks": 4},
         "stage2": {"chunks": 1},
         "stage3": {"chunks": 1, **_PROJECTIONS},
     },
