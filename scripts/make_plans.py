@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict[str, dict[str, int | str]]] = {
     "v5e:16x16": {
         "stage1": {"chunks": 8, "mesh.fsdp": 64},
         "stage1_224": {"chunks": 20},
-        "stage2": {"chunks": 5},
+        "stage2": {"chunks": 4, **_ATTENTION},
         "stage3": {"chunks": 1},
     },
     "v6e:16x16": {
