@@ -4,9 +4,10 @@ Programs run once or twice here, so the compiler is told not to optimise them: t
 their time in it.
 """
 
+import atexit
 import os
+import shutil
 import tempfile
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
@@ -22,9 +23,9 @@ os.environ["XLA_FLAGS"] = flags.strip()
 # One process at a time plans with the TPU compiler, by a lock among the temporary files. With files
 # of its own, no worker waits for another.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    own = Path(tempfile.gettempdir()) / f"internvl_jax_tests_{os.getpid()}"
-    own.mkdir()
-    os.environ["TMPDIR"] = tempfile.tempdir = str(own)
+    own = tempfile.mkdtemp(prefix="internvl_jax_tests_")
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    os.environ["TMPDIR"] = tempfile.tempdir = own
 
 import jax  # noqa: E402
 

@@ -64,7 +64,7 @@ def _in_chunks(
 ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], dict]:
     batch = objective.prepare(batch)
     given, numbers = _cut((batch, keys), chunks), jnp.arange(chunks)
-    tower_learns = any(path.startswith("vit/") for path in rules.flatten(trainable))
+    tower_learns = "vit" in trainable
 
     def features(_: None, number: jax.Array) -> tuple[None, tuple[dict, dict]]:
         whole, (part, part_keys) = model(trainable), _chunk(given, number)

@@ -18,7 +18,9 @@ LAYERS = make_plans.FOLDER / "layers.json"
 @pytest.mark.parametrize(("stage", "slice_"), make_plans.LAYERS)
 def test_the_layers_of_every_tower_are_as_recorded(stage, slice_):
     recorded = json.loads(LAYERS.read_text(encoding="utf-8"))["layers"]
-    for name, found in make_plans.measured_layers(stage, slice_).items():
+    measured = make_plans.measured_layers(stage, slice_)
+    assert measured.keys() == {n for n in recorded if n.startswith(f"{stage} {slice_} ")}
+    for name, found in measured.items():
         assert found == pytest.approx(recorded[name], rel=0.02), name
 
 
