@@ -33,6 +33,7 @@ class Objective:
       output it must be linear.
     vision: the vision tokens [B, N, D] that features and outputs start from, where both do: those
       of the batch under "vision" if it has them, else the tower's.
+    separate: names of outputs, in groups that share no layer; () if all come from the same layers.
     mine: fields of the batch that are chosen by the features of the whole batch, without a
       gradient; only where `mines` says that there are any.
 
@@ -40,6 +41,7 @@ class Objective:
     """
 
     mines = False
+    separate: tuple[tuple[str, ...], ...] = ()
 
     def prepare(self, batch: Batch) -> Batch:
         return batch
@@ -152,6 +154,8 @@ class Contrastive(Objective):
       196 px, then 0 at 224 px).
     ring: never hold the matrix of similarities (`losses.contrastive`).
     """
+
+    separate = (("image",), ("text",))
 
     mask_ratio: float = 0.0
     ring: bool = False

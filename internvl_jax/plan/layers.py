@@ -18,23 +18,27 @@ from internvl_jax.kernels import Causal, Full, Keys
 from internvl_jax.models import ChatConfig, InternVLConfig, LanguageModelConfig, init
 from internvl_jax.models import config as models
 from internvl_jax.plan import chips, compiling, experiment, kernel_times, schedule
+from internvl_jax.train import gradients
 from internvl_jax.train import state as states
 
 GIB = 2**30
 # Objectives that compare the examples of a batch: with chunks, their features come first.
 _CACHED = ("contrastive", "generative", "retrieval")
+_Shapes = Callable[[int], tuple[jax.ShapeDtypeStruct, ...]]  # of x and the others, for some rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """All layers of a tower over one chunk of the batch: bytes per device, time an estimate.
+    """All layers of a tower over a part of the batch: bytes per device, time an estimate.
 
     tower: "vit", "middleware", "llama" or "llm". part: "features" (forward, before the chunks'
-    gradients), "forward" (a frozen tower, which runs once) or "gradient" (forward and back).
+    gradients), "forward" (a frozen tower, which runs once) or "gradient" (forward and back). turns:
+    how often a step runs it.
     """
 
     tower: str
     part: str
+    turns: int
     temp_gib: float
     collective_gb: float
     exposed_gb: float
@@ -71,16 +75,14 @@ def measure(config: Any, name: str, devices: Sequence[Any]) -> list[Layers]:
 
 
 def _towers(config: Any, model_config: Any, mesh: jax.sharding.Mesh) -> list[_Tower]:
-    rows, length = config.batch_size // config.chunks, config.data.text_length
-    place, dtype = sharding.batch_sharding(mesh), jnp.dtype(config.model.dtype)
+    length, place = config.data.text_length, sharding.batch_sharding(mesh)
+    dtype, turns = jnp.dtype(config.model.dtype), _turns(config)
 
     def array(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    def parts(inputs: Any, first: Any = None) -> dict[str, Any]:
-        cached = config.chunks > 1 and config.objective in _CACHED
-        before = {"features": inputs if first is None else first} if cached else {}
-        return before | {"gradient": inputs}
+    def parts(**shapes: _Shapes) -> dict[str, Any]:
+        return {p: of(config.batch_size // turns[p]) for p, of in shapes.items() if p in turns}
 
     towers = []
     if isinstance(model_config, LanguageModelConfig):
@@ -93,14 +95,17 @@ def _towers(config: Any, model_config: Any, mesh: jax.sharding.Mesh) -> list[_To
         vit = model_config.vit
         patches = (config.data.image_size // vit.patch_size) ** 2
         patches -= int(patches * config.objective_options.get("mask_ratio", 0.0))
-        image = array(rows, 1 + patches, vit.width)
+
+        def image(rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+            return (array(rows, 1 + patches, vit.width),)
+
         trained = "vit" in _trained(config, model_config)
         towers.append(
             _Tower(
                 "vit",
                 r"vit/blocks/.*",
                 lambda model, x: model.vit.run(x, None, layers=vit.depth)[0],
-                parts((image,)) if trained else {"forward": (image,)},
+                parts(features=image, gradient=image) if trained else parts(forward=image),
             )
         )
     if isinstance(model_config, InternVLConfig) and model_config.num_queries:
@@ -110,17 +115,31 @@ def _towers(config: Any, model_config: Any, mesh: jax.sharding.Mesh) -> list[_To
             return model.middleware(x, vision, mask=Full())[0]
 
         # Three text groups share an image; features need one of them.
-        groups, one = (array(n * rows, count, language.width) for n in (3, 1))
-        inputs = parts((groups, image), (one, image))
+        inputs = parts(
+            features=lambda rows: (array(rows, count, language.width), *image(rows)),
+            gradient=lambda rows: (array(3 * rows, count, language.width), *image(rows)),
+        )
         towers.append(_Tower("middleware", r"llama/(blocks|norm)/.*|cross/.*", middleware, inputs))
     else:
 
         def decoder(model: Any, x: jax.Array, ids: jax.Array) -> jax.Array:
             return getattr(model, key)(x, mask=Causal() & Keys(ids > 0))
 
-        inputs = (array(rows, length, language.width), array(rows, length, dtype=jnp.int32))
-        towers.append(_Tower(key, rf"{key}/(blocks|norm)/.*", decoder, parts(inputs)))
+        def texts(rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+            return array(rows, length, language.width), array(rows, length, dtype=jnp.int32)
+
+        inputs = parts(features=texts, gradient=texts)
+        towers.append(_Tower(key, rf"{key}/(blocks|norm)/.*", decoder, inputs))
     return towers
+
+
+def _turns(config: Any) -> dict[str, int]:
+    """Part → how many turns of it make a step; "features" where they come before the gradients."""
+    chunks = config.chunks
+    if chunks == 1 or config.objective not in _CACHED:
+        return {"forward": chunks, "gradient": chunks}
+    ahead = gradients.forward_chunks(chunks)
+    return {"features": ahead, "forward": ahead, "gradient": chunks}
 
 
 def _trained(config: Any, model_config: Any) -> set[str]:
@@ -168,6 +187,7 @@ def _compile(
     return Layers(
         tower=tower.name,
         part=part,
+        turns=_turns(config)[part],
         temp_gib=program.memory_analysis().temp_size_in_bytes / GIB,
         collective_gb=sum(sent for sent, _ in kinds) / 1e9,
         exposed_gb=sum(exposed for _, exposed in kinds) / 1e9,

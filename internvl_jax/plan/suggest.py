@@ -160,7 +160,7 @@ def _measure(
     except compiling.OutOfMemory as error:
         return dataclasses.replace(candidate, memory=max(error.needed, fixed)), fixed
     memory = fixed + max(part.temp_gib for part in parts) * plan.GIB
-    seconds = chunks * sum(part.estimated_s for part in parts)
+    seconds = sum(part.turns * part.estimated_s for part in parts)
     found = dataclasses.replace(candidate, seconds=seconds, memory=memory, fits=memory <= limit)
     return found, fixed
 

@@ -3,18 +3,22 @@
 Chunks give the gradient of the whole batch, not a mean of smaller losses. Where a loss compares
 the examples of a batch with one another (the contrastive ones), their features come first:
 
-    1. forward over the chunks, keeping only the features        (left out for the other losses)
+    1. forward over the examples, keeping only the features      (left out for the other losses)
     2. the gradient of the loss by the outputs of all examples
     3. forward and backward over the chunks with that gradient, adding up
 
-(Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup".) What a
-frozen vision tower gives is the same in 1 and 3, so 1 keeps it: it has no activations to hold. An
-example draws its randomness from a key of its own, so 1 and 3 see the same masks, and the result
-does not depend on the number of chunks.
+(Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup".) 1
+holds the activations of one layer where 3 holds something of every layer, so it takes several
+chunks at once, and gathers sharded weights less often. In 3, towers that share no output take
+turns, each through all chunks: the gradient of 2 is known, so neither needs the other's
+activations. What a frozen vision tower gives is the same in 1 and 3, so 1 keeps it. An example
+draws its randomness from a key of its own, so 1 and 3 see the same masks, and the result does not
+depend on the number of chunks.
 
 Every device cuts its own rows into chunks, so no example changes its device.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +30,15 @@ from internvl_jax.objectives import Objective
 from internvl_jax.sharding import batch_pieces, spec
 
 Bind = Callable[[dict], Any]
+# Chunks that go forward at once when no layer keeps anything for the way back. Of a token, the wide
+# arrays of an InternViT-6B block hold 35,000 numbers; a backward pass keeps 48 layers' inputs,
+# 154,000, and has its own wide arrays on top.
+_AT_ONCE = 5
+
+
+def forward_chunks(chunks: int) -> int:
+    """Into how many parts the pass for the features cuts a step of so many chunks."""
+    return next(n for n in range(1, chunks + 1) if chunks % n == 0 and chunks <= n * _AT_ONCE)
 
 
 def value_and_grad(
@@ -63,7 +76,8 @@ def _in_chunks(
     chunks: int,
 ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], dict]:
     batch = objective.prepare(batch)
-    given, numbers = _cut((batch, keys), chunks), jnp.arange(chunks)
+    fewer, numbers = forward_chunks(chunks), jnp.arange(chunks)
+    given = _cut((batch, keys), fewer)
     tower_learns = "vit" in trainable
 
     def features(_: None, number: jax.Array) -> tuple[None, tuple[dict, dict]]:
@@ -72,7 +86,7 @@ def _in_chunks(
         kept = {} if vision is None else {"vision": vision}
         return None, (objective.features(whole, {**part, **kept}, part_keys), kept)
 
-    cached, kept = _joined(jax.lax.scan(features, None, numbers)[1])
+    cached, kept = _joined(jax.lax.scan(features, None, numbers[:fewer])[1])
     batch = {**batch, **kept}
     if objective.mines:
         batch = objective.mine(cached, batch)
@@ -87,14 +101,20 @@ def _in_chunks(
     gradient = jax.grad(lambda at: objective.loss(model(trainable), at, batch)[0])(at)
     gradient = _cut(gradient, chunks)
 
-    def backward(total: dict, number: jax.Array) -> tuple[dict, dict]:
-        results, pull = jax.vjp(lambda t: outputs(t, number), trainable)
-        (part,) = pull(_chunk(gradient, number))
+    def backward(names: tuple[str, ...], total: dict, number: jax.Array) -> tuple[dict, dict]:
+        def chosen(trainable: dict) -> dict:
+            every = outputs(trainable, number)  # what the others need is never computed
+            return {name: every[name] for name in names}
+
+        results, pull = jax.vjp(chosen, trainable)
+        (part,) = pull({name: _chunk(gradient[name], number) for name in names})
         return jax.tree.map(jnp.add, total, part), results
 
-    zeros = jax.tree.map(jnp.zeros_like, trainable)
-    total, results = jax.lax.scan(backward, zeros, numbers)
-    results = _joined(results)
+    total, results = jax.tree.map(jnp.zeros_like, trainable), {}
+    for names in objective.separate or (tuple(shapes),):
+        turn = functools.partial(backward, names)
+        total, own = jax.lax.scan(turn, total, numbers)
+        results |= _joined(own)
 
     # What is left is the gradient of parameters that the loss uses itself (the temperature).
     def last(trainable: dict) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from internvl_jax import models, rules
+from internvl_jax import models, objectives, rules
 from internvl_jax.objectives import OBJECTIVES
 from internvl_jax.sharding import batch_sharding, make_mesh
 from internvl_jax.train import flops
 from internvl_jax.train.gradients import value_and_grad
 from tests import objectives_test
+from tests.objectives_test import make_batch
 
 # objective → options, a trainable part, and the options that change how it is computed.
 CASES = {
@@ -34,7 +35,7 @@ def compute(objective, trainable, sizes, chunks):
     # Random masks and dropped branches must be the same for an example in any chunk.
     drop = {"drop_path": 0.5, "drop_path_schedule": "uniform"} if family != "language" else {}
     config = models.from_dict({"family": family, "size": "tiny", "depth": 1, **drop})
-    batch = objectives_test.make_batch(name)
+    batch = make_batch(name)
     params = jax.device_get(models.create(config, jax.random.key(0)))
     mesh = sizes and make_mesh(*sizes)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
@@ -77,7 +78,7 @@ def test_a_frozen_tower_works_once_however_many_the_chunks():
     objective = OBJECTIVES["generative"]()
     config = models.from_dict({"family": "internvl", "size": "tiny", "depth": 1})
     batch, params = (
-        objectives_test.make_batch("generative"),
+        make_batch("generative"),
         models.create(config, jax.random.key(0)),
     )
     keys = jax.random.split(jax.random.key(1), objectives_test.ROWS)
@@ -93,3 +94,20 @@ def test_a_frozen_tower_works_once_however_many_the_chunks():
 
     tower = flops.count(lambda p: bind(p).vision(batch["image"]), params)
     assert twice("queries|vit/.*") - twice("queries") == pytest.approx(tower, rel=0.01)
+
+
+def test_towers_that_share_no_output_hold_their_activations_one_after_the_other():
+    class Together(objectives.Contrastive):
+        separate = ()
+
+    config = models.from_dict({"family": "internvl", "size": "tiny", "depth": 16})
+    params = models.create(config, jax.random.key(0))
+    batch = {n: np.tile(x, (8, *[1] * (x.ndim - 1))) for n, x in make_batch("contrastive").items()}
+    keys = jax.random.split(jax.random.key(1), len(batch["image"]))
+    bind = functools.partial(models.bind, config)
+
+    def memory(objective):
+        step = jax.jit(functools.partial(value_and_grad, objective, bind, chunks=2))
+        return step.lower(params, {}, batch, keys).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(objectives.Contrastive()) < 0.75 * memory(Together())
