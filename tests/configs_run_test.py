@@ -11,9 +11,10 @@ import jax
 import pytest
 
 from internvl_jax import cli, loading
+from tests.compiling import XLA_FLAGS
 
 # One device and quick compilation: what is computed is tested elsewhere.
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": XLA_FLAGS}
 # config → the configs from whose runs it starts
 STARTS = {
     "language:tiny": (),

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.compiling import XLA_FLAGS
+
 ROOT = Path(__file__).parents[1]
 PAGES = {
     str(path.relative_to(ROOT)): path
@@ -116,7 +118,7 @@ def run(kind, code, folder):
     if kind == "python":
         program = [sys.executable, "-c", code]
     # One device, as a user has; programs run a few times only.
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"

@@ -17,14 +17,6 @@ from internvl_jax.models.config import CHATS, INTERNVLS, LANGUAGE_MODELS
 
 IMAGE_TOKEN = -200
 NO_STOP = Decoding(max_new_tokens=6, stop_ids=())
-# Each program runs once on tiny arrays: compiling it is nearly all of its cost.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
 PROMPTS = [[1, 7], [1, 30, 4, 9, 5], [1, 5, 8]]
 
 
@@ -38,7 +30,7 @@ def _language(vocab=40):
     return replace(tiny, llama=replace(tiny.llama, vocab_size=vocab, depth=2))
 
 
-@functools.partial(jit, static_argnames=("config", "decoding"))
+@functools.partial(jax.jit, static_argnames=("config", "decoding"))
 def _continue(config, params, tokens, decoding, key=None, history=None):
     model = init.bind(config, params)
     return generate.continue_text(model, tokens, decoding, key=key, history=history)
@@ -57,7 +49,7 @@ def _padded(prompts, side, length=5):
     return rows
 
 
-@functools.partial(jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def _last_logits(config, params, tokens, last):
     llama = init.bind(config, params).llama
     logits = llama.logits(llama(llama.embed_tokens(tokens), mask=Causal()))
@@ -102,10 +94,10 @@ def test_captions_equal_prefills_of_the_growing_text():
     params = _params(config)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     prompt = np.array([[1, 8, 30], [1, 77, 5]], np.int32)
-    run = jit(lambda p, x, ids: generate.caption(init.bind(config, p), x, ids, NO_STOP))
+    run = jax.jit(lambda p, x, ids: generate.caption(init.bind(config, p), x, ids, NO_STOP))
     ids = np.asarray(run(params, pixels, prompt).ids[:, 0])
 
-    @jit
+    @jax.jit
     def from_the_start(params, pixels, text):
         model = init.bind(config, params)
         return jnp.argmax(model.prefill(model.vision(pixels), text, 40)[0], axis=-1)
@@ -124,9 +116,9 @@ def test_answers_equal_passes_over_the_growing_chat():
     images = np.random.default_rng(1).integers(0, 256, (2, 1, 32, 32, 3), np.uint8)
     picture = [IMAGE_TOKEN] * config.tokens_per_image
     prompt = np.array([[1, *picture, 9, 30], [1, *picture, 6, 11]], np.int32)
-    run = jit(lambda p, t, x: generate.answer(init.bind(config, p), t, x, NO_STOP))
+    run = jax.jit(lambda p, t, x: generate.answer(init.bind(config, p), t, x, NO_STOP))
     ids = np.asarray(run(params, prompt, images).ids[:, 0])
-    whole = jit(lambda p, t, x: init.bind(config, p)(t, x))
+    whole = jax.jit(lambda p, t, x: init.bind(config, p)(t, x))
     text = np.concatenate([prompt, ids], axis=1)
     logits = whole(params, text, images)[:, prompt.shape[1] - 1 : -1]
     assert np.array_equal(jnp.argmax(logits, axis=-1), ids)
@@ -250,13 +242,13 @@ def test_a_mesh_changes_nothing():
     def run(params, pixels, ids):
         return generate.caption(init.bind(config, params), pixels, ids, decoding)
 
-    alone = jax.device_get(jit(run)(params, pixels, prompt))
+    alone = jax.device_get(jax.jit(run)(params, pixels, prompt))
     # Two devices: the threads of more would spend minutes waiting for one another on two cores.
     mesh = sharding.make_mesh(fsdp=2, devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, init.shardings(config, mesh))
         batch = jax.device_put((pixels, prompt), sharding.batch_sharding(mesh))
-        sharded = jax.device_get(jit(run)(placed, *batch))
+        sharded = jax.device_get(jax.jit(run)(placed, *batch))
     assert np.array_equal(sharded.ids, alone.ids)
     np.testing.assert_allclose(sharded.score, alone.score, atol=1e-5)
 

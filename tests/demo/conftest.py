@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from internvl_jax.demo import job
+from tests.compiling import XLA_FLAGS
 
 ROOT = Path(__file__).resolve().parents[2]
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 EVALS = {
     "retrieval": {"count": 12},
     "caption": {"count": 4, "num_beams": 1, "max_new_tokens": 6},

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 
@@ -44,14 +45,14 @@ def compare_all(config, params, case, compare, suffix):
 
 @functools.cache
 def encoder(config):
-    return cases.jit(lambda params, ids: bind(config, params).encode_text(ids))
+    return jax.jit(lambda params, ids: bind(config, params).encode_text(ids))
 
 
 @functools.cache
 def outputs(config):
     """A compiled function from parameters and inputs to {name of a recorded output: ours}."""
 
-    @cases.jit
+    @jax.jit
     def run(params, pixels, ids):
         model = bind(config, params)
         vision = model.vision(pixels)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from internvl_jax.convert import load_torch_layout
@@ -22,15 +21,6 @@ ABSOLUTE = 2e-5  # hidden states, features, logits, losses, in float32
 RELATIVE_GRADIENT, ABSOLUTE_GRADIENT = 1e-4, 1e-6
 
 RUN = ("V", "Q", "C", "L", "G", "P", "H", "H2", "K", "I")  # categories with a test module here
-
-# Each function here runs a few times on tiny arrays: compiling it is nearly all of its cost.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
 
 
 def directory() -> Path:

@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def run(case, config, params, ids, settings):
         **settings,
     )
 
-    @cases.jit
+    @jax.jit
     def caption(params, pixels, ids):
         # The recorded program starts every row with this id, which the model never reads.
         history = jnp.full((ids.shape[0], 1), text["bos_token_id"])

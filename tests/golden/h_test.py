@@ -6,6 +6,7 @@ Features, logits, losses and generated ids.
 import re
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -52,7 +53,7 @@ def test_native_chat(case, tmp_path):
     assert config.tokens_per_image == case.info["image_seq_length"]
     compare = cases.Comparison(case)
 
-    @cases.jit
+    @jax.jit
     def tower(params, pixels):
         return bind(config, params).vit(pixels, hidden_states=True)
 
@@ -86,7 +87,7 @@ def prompts(case, prefix):
 def features(case, config, params, compare):
     """Projected features, and the shuffled patches before the projector."""
 
-    @cases.jit
+    @jax.jit
     def run(params, pixels):
         model = bind(config, params)
         _, states = model.vit(pixels, hidden_states=True)
@@ -111,7 +112,7 @@ def all_logits(case, config, params, compare):
         kind = name.removeprefix("logits_")
         ids, valid, images, present = batch_of(case, config, kind)
 
-        @cases.jit
+        @jax.jit
         def run(params, ids, images, valid, present):
             return bind(config, params)(ids, images, valid=valid, present=present)
 
@@ -130,7 +131,7 @@ def answer(case, config, params, kind, length, text, beams=1):
         pad_id=text["pad_token_id"],
     )
 
-    @cases.jit
+    @jax.jit
     def run(params, ids, images, valid):
         return generate.answer(bind(config, params), ids, images, decoding, valid=valid)
 

@@ -30,7 +30,7 @@ def test_losses_and_gradients(case, tmp_path):
     def loss(params):
         return objective(bind(config, params), batch)
 
-    (_, metrics), gradients = cases.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (_, metrics), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     compare.close("loss", metrics["loss"][None])
     for term in ("itm", "itc", "itg"):
         if f"loss_{term}" in compare:
@@ -67,7 +67,7 @@ def terms(config, params, batch, retrieval, compare):
     """The logits that each cross-entropy gets, and its value with the recorded targets."""
     size = batch["image"].shape[0]
 
-    @cases.jit
+    @jax.jit
     def run(params, batch):
         model = bind(config, params)
         vision = model.vision(batch["image"])

@@ -1,5 +1,6 @@
 """P: the older layout, with and without the buffers that such checkpoints carry."""
 
+import jax
 import pytest
 
 from internvl_jax.models import bind
@@ -14,14 +15,14 @@ def test_older_layout(case, tmp_path):
     config, params = case.load(tmp_path)
     compare = cases.Comparison(case)
 
-    @cases.jit
+    @jax.jit
     def run(params, pixels, ids):
         model = bind(config, params)
         vision = model.vision(pixels)
         image, text = model.image_features(vision, "c"), model.encode_text(ids)
         return vision, image, text, model.similarity(image, text)
 
-    encode = cases.jit(lambda params, ids: bind(config, params).encode_text(ids))
+    encode = jax.jit(lambda params, ids: bind(config, params).encode_text(ids))
     ids = case.inputs("text")
     vision, image, text, logits = run(params, case.pixels("image"), ids)
     compare.close("features", vision)

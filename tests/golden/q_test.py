@@ -58,7 +58,7 @@ def load(case):
 def text(case, model, compare):
     """Text alone under every padding, with default and with mask-derived positions."""
 
-    @cases.jit
+    @jax.jit
     def run(trunk, ids, valid):
         mask = Causal() & Keys(valid)
         x = trunk.embed_tokens(ids)
@@ -91,7 +91,7 @@ def compiled(model, queries):
     run = functools.partial(
         qllama.run, queries=queries, cross_every=model.every, states=True, cache=True
     )
-    jitted = cases.jit(
+    jitted = jax.jit(
         lambda trunk, cross, x, vision, mask: run(trunk, cross, x, vision, mask=mask)
     )
     return functools.partial(jitted, model.llama, model.cross)

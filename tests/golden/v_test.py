@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def tower(config, params, pixels, compare, suffix=""):
     patch = config.vit.patch_size
     grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
 
-    @cases.jit
+    @jax.jit
     def run(params, pixels):
         vit = bind(config, params).vit
         last, states = vit(pixels, hidden_states=True)
@@ -84,7 +85,7 @@ def backbone(case, config, params, compare):
     pixels = case.pixels("pixel_values")
     config, params = resized(config, params, pixels)
     compare.close("pos_embed", params["vit"]["position_embedding"][None])
-    tokens = cases.jit(lambda p, x: bind(config, p).vision(x))(params, pixels)
+    tokens = jax.jit(lambda p, x: bind(config, p).vision(x))(params, pixels)
     compare.close("features", tokens)
     compare.close("logits", classify(np.asarray(tokens), case.weights()))
 

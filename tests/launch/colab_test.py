@@ -8,6 +8,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.compiling import XLA_FLAGS
+
 COLAB = Path(__file__).parents[2] / "launch" / "colab"
 
 
@@ -22,7 +24,7 @@ def run(name, folder, **fields):
             found += count
         assert found == 1, field
     # One device, as a user has; programs run a few times only.
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS}
     client = NotebookClient(
         notebook, timeout=600, resources={"metadata": {"path": str(folder)}},
     )  # fmt: skip

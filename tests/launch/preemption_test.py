@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.compiling import XLA_FLAGS
+
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "train" / "fast_config.py"
 STAND_INS = Path(__file__).with_name("stand_ins")
@@ -25,7 +27,7 @@ ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "HOME": os.environ.get("HOME", "/"),
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": XLA_FLAGS,
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "tests_train"),
     "PAUSE": "1",
 }

@@ -11,6 +11,8 @@ import signal
 import time
 from pathlib import Path
 
+from tests.compiling import XLA_FLAGS
+
 CONFIG = Path(__file__).with_name("fast_config.py")
 
 _context = multiprocessing.get_context("forkserver")
@@ -62,7 +64,7 @@ def train(workdir, cache, overrides, fault=None, job=None):
     for the test}) of one of several processes.
     """
     # Quick to compile; the speed of the program does not matter here.
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = XLA_FLAGS
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 

@@ -17,6 +17,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from internvl_jax.data import scenes
 from internvl_jax.web.page import TABS
+from tests.compiling import XLA_FLAGS
 
 pytestmark = pytest.mark.slow
 AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
@@ -29,7 +30,7 @@ def address(tmp_path_factory):
     """Where `internvl-jax web --checkpoint=demo` listens."""
     command = [sys.executable, "-m", "internvl_jax.cli", "web", "--checkpoint=demo", "--port=0"]
     folder = tmp_path_factory.mktemp("server")
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS}
     environment["TMPDIR"] = str(folder)
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
