@@ -191,7 +191,7 @@ def test_recorded_chat_models_choose_the_same_words(case, tmp_path):
     for name in compare.names("logits_"):
         ids, valid, images, present = h_test.batch_of(case, config, name.removeprefix("logits_"))
 
-        @cases.jit
+        @jax.jit
         def run(params, ids, images, valid, present):
             return bind(config, params)(ids, images, valid=valid, present=present)
 
