@@ -39,18 +39,18 @@ _ATTENTION, _PROJECTIONS, _DOTS = (
 SETTINGS: dict[str, dict[str, dict[str, int | str]]] = {
     # A 64th of a matrix of InternViT has an even number of rows, which the TPU's tiles take.
     "v5e:16x16": {
-        "stage1": {"chunks": 8, "mesh.fsdp": 64},
+        "stage1": {"chunks": 5, "mesh.fsdp": 64},
         "stage1_224": {"chunks": 20},
         "stage2": {"chunks": 4, **_ATTENTION},
         "stage3": {"chunks": 1},
     },
     "v6e:16x16": {
-        "stage1": {"chunks": 5},
+        "stage1": {"chunks": 2},
         "stage2": {"chunks": 1},
         "stage3": {"chunks": 1, **_PROJECTIONS},
     },
     "v5p:4x4x4": {
-        "stage1": {"chunks": 5, "mesh.fsdp": 64},
+        "stage1": {"chunks": 2, "mesh.fsdp": 64},
         "stage2": {"chunks": 2, "mesh.fsdp": 64, **_ATTENTION},
         "stage3": {"chunks": 4, "mesh.fsdp": 64},
     },
