@@ -11,7 +11,7 @@ from internvl_jax import models, objectives, rules
 from internvl_jax.objectives import OBJECTIVES
 from internvl_jax.sharding import batch_sharding, make_mesh
 from internvl_jax.train import flops
-from internvl_jax.train.gradients import value_and_grad
+from internvl_jax.train.gradients import forward_chunks, value_and_grad
 from tests import objectives_test
 from tests.objectives_test import make_batch
 
@@ -72,6 +72,18 @@ def test_chunks_equal_one_pass(name):
     for path, reference in gradient.items():
         bound = 1e-4 * np.abs(reference).max() + 2e-6
         assert np.abs(other[2][path] - reference).max() <= bound, path
+
+
+def test_features_of_several_chunks_at_once_stay_with_their_examples():
+    """Eight chunks, whose features come in two passes, each example with its own random mask."""
+    assert forward_chunks(8) == 2
+    objective = OBJECTIVES["contrastive"](mask_ratio=0.5)
+    loss, _, gradient = compute(objective, ".*", None, 1)
+    other, _, parts = compute(objective, ".*", None, 8)
+    assert other == pytest.approx(loss, abs=1e-5)
+    for path, reference in gradient.items():
+        bound = 1e-4 * np.abs(reference).max() + 2e-6
+        assert np.abs(parts[path] - reference).max() <= bound, path
 
 
 def test_a_frozen_tower_works_once_however_many_the_chunks():
