@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -58,12 +59,17 @@ ALLOWED = {
     "configuration": {"data", "evals", "models", "objectives"},
 }
 HOST_ONLY = {"jax", "flax", "optax", "orbax", "torch"}
+SLOW_ONLY = {"torch", "transformers", "libtpu"}  # `make test` does not install them
 
 
 def imported(file: Path) -> set[str]:
     """Absolute names that a file imports anywhere, inside functions too."""
+    return _names(file, ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+
+
+def _names(file: Path, nodes: Iterable[ast.AST]) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -94,6 +100,22 @@ def test_data_runs_on_hosts_without_an_accelerator_library():
     for file in files("data"):
         wrong = {name.split(".")[0] for name in imported(file)} & HOST_ONLY
         assert not wrong, f"{file.relative_to(PACKAGE)} imports {sorted(wrong)}"
+
+
+def test_quick_tests_are_found_without_the_packages_of_the_slow_ones():
+    tests = PACKAGE.parent / "tests"
+    modules = {".".join(f.relative_to(tests.parent).with_suffix("").parts): f
+               for f in tests.rglob("*.py")}  # fmt: skip
+
+    def loaded(file: Path) -> set[str]:
+        """What starts with the file, through the test modules that it imports."""
+        own = _names(file, ast.parse(file.read_text(encoding="utf-8")).body)
+        helpers = {f for name, f in modules.items() for n in own if f"{n}.".startswith(f"{name}.")}
+        return own.union(*map(loaded, helpers - {file}))
+
+    for file in sorted(tests.rglob("*_test.py")):
+        wrong = {name.split(".")[0] for name in loaded(file)} & SLOW_ONLY
+        assert not wrong, f"{file.relative_to(tests)} imports {sorted(wrong)} as it is collected"
 
 
 def test_only_the_experiment_boundary_knows_config_dicts():

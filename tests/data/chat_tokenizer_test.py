@@ -6,7 +6,6 @@ import re
 import pytest
 import sentencepiece
 import tokenizers
-from transformers import Qwen2Tokenizer
 
 from internvl_jax.data import conversation
 from internvl_jax.data.chat_tokenizer import IMAGE_TOKEN, ChatTokenizer
@@ -49,6 +48,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(folder):
     """The class of `transformers` on the same files."""
+    from transformers import Qwen2Tokenizer
+
     read = [json.loads((folder / n).read_text()) for n in ("vocab.json", "added_tokens.json")]
     merges = (folder / "merges.txt").read_text().splitlines()
     pairs = [tuple(line.split(" ")) for line in merges if not line.startswith("#")]
@@ -57,6 +58,7 @@ def reference(folder):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["internvl2_5", "Hermes-2", "internlm2-chat", "phi3-chat"])
 def test_a_prompt_has_the_ids_of_the_whole_string(folder, reference, name):
     ours = ChatTokenizer(folder, template(name))
@@ -70,6 +72,7 @@ def test_a_prompt_has_the_ids_of_the_whole_string(folder, reference, name):
     assert ours.eos_id == reference.convert_tokens_to_ids(template(name).end.strip())
 
 
+@pytest.mark.slow
 def test_the_two_forms_of_files_are_one_tokenizer(folder, reference, tmp_path):
     reference.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     layout = template("internvl2_5")
