@@ -17,6 +17,7 @@ from pathlib import Path
 
 _EXIT = re.compile(r"totalorder\s+%\S+,\s+(\d+)\s+/\* loop exit test \*/")
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s")
+_COPY = re.compile(r" %\S+ = smov [^;]*/\* copy for cssa \*/ }$")
 _CALL = re.compile(r'%([\w.\-]+) = [^\n]*?custom_call_target="tpu_custom_call"')
 _BODY = re.compile(r'"body":"([^"]*)"')
 _FILE = re.compile(r"\d+-(.*)-\d+-final_bundles\.txt$")
@@ -87,12 +88,18 @@ def issue_cycles(schedule: str) -> int:
     """Bundles times loop trips of one kernel's final schedule."""
     depths: list[int] = []
     exits: list[tuple[int, int]] = []  # bundle, trips
+    moved = False
     for line in schedule.splitlines():
         if _BUNDLE.match(line):
             marks, _, bundle = line.partition("{")
-            # An empty bundle has no loop marks; it belongs to the loop in which it stands.
+            depth, begins = marks.count(">"), "LB:" in marks
+            # A copy that was moved into a loop may have the marks of its old place, and an empty
+            # bundle has none; both belong to the loop in which they stand.
+            if moved and depth == depths[-2] > depths[-1] and not begins:
+                depths[-1] = depth
+            moved = len(depths) > 0 and depth < depths[-1] and _COPY.match(bundle) is not None
             empty = bundle.strip().startswith("}") and depths
-            depths.append(depths[-1] if empty else marks.count(">"))
+            depths.append(depths[-1] if empty else depth)
         exits += [(len(depths) - 1, int(trips)) for trips in _EXIT.findall(line)]
     weights = [1] * len(depths)
     for first, last, trips in {_loop(depths, at, trips) for at, trips in exits}:

@@ -23,6 +23,14 @@ def test_an_empty_bundle_belongs_to_its_loop():
     assert kernels.issue_cycles(delayed) == 2 + 5 * (2 + 3 * 3) + 1
 
 
+def test_a_copy_that_was_moved_into_a_loop_belongs_to_it():
+    copy = "   0x31   : > { %l = smov (%p), 0 /* copy for cssa */ }\n"
+    assert kernels.issue_cycles(SCHEDULE.replace("   0x4", f"{copy}   0x4")) == 2 + 5 * (2 + 9) + 1
+    # Where the next bundle begins a loop, it stands between two.
+    begins = SCHEDULE.replace("   0x5   :", f"{copy}   0x4 LB: >> {{ %m = vadd }}\n   0x5   :")
+    assert kernels.issue_cycles(begins) == 2 + 5 * (2 + 6 + 2) + 1
+
+
 def test_only_the_programs_kernels_count(tmp_path):
     for name in ("10-attention.1-03-final_bundles.txt", "11-fusion.7-03-final_bundles.txt"):
         (tmp_path / name).write_text(SCHEDULE)
