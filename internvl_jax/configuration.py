@@ -129,9 +129,9 @@ def check(config: ConfigDict) -> None:
         if not (colon and path and kind in sources.FORMATS):
             known = (*sources.EMBEDDED, *(f"{name}:PATH" for name in sources.FORMATS))
             _one_of("data.sources", source.partition("/")[0], known)
-    for field in ("batch_size", "chunks", "steps", "log_every"):
-        if config[field] < 1:
-            raise ConfigError(f"config key {field!r} must be at least 1, got {config[field]}")
+    for field, least in dict(batch_size=1, chunks=1, held_towers=0, steps=1, log_every=1).items():
+        if config[field] < least:
+            raise ConfigError(f"config key {field!r} must be at least {least}, got {config[field]}")
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:

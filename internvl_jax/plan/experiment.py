@@ -74,6 +74,7 @@ def build(config: Any, devices: list[Any]) -> Experiment:
             tx,
             seed=config.seed,
             chunks=config.chunks,
+            held_towers=config.held_towers,
             learning_rate=learning_rate,
         )
         batch = batch_shapes(config, mesh)

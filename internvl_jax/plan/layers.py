@@ -8,12 +8,12 @@ change; a whole plan has the last word.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from internvl_jax import rules, sharding
+from internvl_jax import objectives, rules, sharding
 from internvl_jax.kernels import Causal, Full, Keys
 from internvl_jax.models import ChatConfig, InternVLConfig, LanguageModelConfig, init
 from internvl_jax.models import config as models
@@ -38,11 +38,16 @@ class Layers:
 
     tower: str
     part: str
-    turns: int
+    turns: float
     temp_gib: float
     collective_gb: float
     exposed_gb: float
     estimated_s: float
+
+
+class _Part(NamedTuple):
+    turns: float
+    inputs: tuple[jax.ShapeDtypeStruct, ...]  # x and the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,7 @@ class _Tower:
     name: str
     layers: str  # regex over the paths of its parameters
     run: Callable[..., jax.Array]  # (model, x, *others) → x
-    inputs: dict[str, tuple[jax.ShapeDtypeStruct, ...]]  # part → shapes of x and the others
+    parts: dict[str, _Part]
 
 
 def measure(config: Any, name: str, devices: Sequence[Any]) -> list[Layers]:
@@ -70,21 +75,23 @@ def measure(config: Any, name: str, devices: Sequence[Any]) -> list[Layers]:
     return [
         _compile(config, model_config, shapes, tower, part, name, mesh)
         for tower in towers
-        for part in tower.inputs
+        for part in tower.parts
     ]
 
 
 def _towers(config: Any, model_config: Any, mesh: jax.sharding.Mesh) -> list[_Tower]:
     length, place = config.data.text_length, sharding.batch_sharding(mesh)
-    dtype, turns = jnp.dtype(config.model.dtype), _turns(config)
+    dtype = jnp.dtype(config.model.dtype)
 
     def array(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    def parts(**shapes: _Shapes) -> dict[str, Any]:
-        return {p: of(config.batch_size // turns[p]) for p, of in shapes.items() if p in turns}
+    towers: list[_Tower] = []
 
-    towers = []
+    def parts(**shapes: _Shapes) -> dict[str, _Part]:
+        turns = _turns(config, len(towers))
+        return {p: _Part(turns[p][0], of(turns[p][1])) for p, of in shapes.items() if p in turns}
+
     if isinstance(model_config, LanguageModelConfig):
         key, language = "llama", model_config.llama
     elif isinstance(model_config, ChatConfig):
@@ -133,13 +140,27 @@ def _towers(config: Any, model_config: Any, mesh: jax.sharding.Mesh) -> list[_To
     return towers
 
 
-def _turns(config: Any) -> dict[str, int]:
-    """Part → how many turns of it make a step; "features" where they come before the gradients."""
+def _turns(config: Any, tower: int) -> dict[str, tuple[float, int]]:
+    """Part → how many turns of it make a step, and how many examples each of them takes.
+
+    tower: its place among those that the objective trains separately. "features" where they come
+    before the gradients: of all chunks, or all but the last where the tower holds that one. The
+    last chunk's own turn counts as a share of the others', as does that of a frozen tower.
+    """
     chunks = config.chunks
+    examples = config.batch_size // chunks
+    objective = objectives.OBJECTIVES[config.objective](**config.objective_options)
     if chunks == 1 or config.objective not in _CACHED:
-        return {"forward": chunks, "gradient": chunks}
-    ahead = gradients.forward_chunks(chunks)
-    return {"features": ahead, "forward": ahead, "gradient": chunks}
+        return {part: (chunks, examples) for part in ("forward", "gradient")}
+    ahead = chunks - (config.held_towers > 0 and not objective.mines)
+    passes = gradients.forward_passes(ahead, examples // sharding.batch_pieces())
+    early, whole = ahead * examples // passes, passes * chunks / ahead
+    held = tower < config.held_towers or not objective.separate
+    return {
+        "features": (passes if held else whole, early),
+        "forward": (whole, early),
+        "gradient": (chunks, examples),
+    }
 
 
 def _trained(config: Any, model_config: Any) -> set[str]:
@@ -174,9 +195,10 @@ def _compile(
     # Arguments that a tower does not use are dropped by `jit`.
     with jax.set_mesh(mesh):
         options = sharding.compiler_options()
+    turns, inputs = tower.parts[part]
     step = jax.jit(gradient if part == "gradient" else forward, compiler_options=options)
-    arguments = (learned, rest, *tower.inputs[part])
-    used = experiment.bytes_per_device((own, tower.inputs[part]))
+    arguments = (learned, rest, *inputs)
+    used = experiment.bytes_per_device((own, inputs))
     program, _ = compiling.compiled(step, arguments, mesh, used)
     chip, shape = chips.parse(name)
     places = [device.coords for device in mesh.devices.flat]
@@ -187,7 +209,7 @@ def _compile(
     return Layers(
         tower=tower.name,
         part=part,
-        turns=_turns(config)[part],
+        turns=turns,
         temp_gib=program.memory_analysis().temp_size_in_bytes / GIB,
         collective_gb=sum(sent for sent, _ in kinds) / 1e9,
         exposed_gb=sum(exposed for _, exposed in kinds) / 1e9,

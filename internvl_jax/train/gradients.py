@@ -11,14 +11,16 @@ the examples of a batch with one another (the contrastive ones), their features 
 holds the activations of one layer where 3 holds something of every layer, so it takes several
 chunks at once, and gathers sharded weights less often. In 3, towers that share no output take
 turns, each through all chunks: the gradient of 2 is known, so neither needs the other's
-activations. What a frozen vision tower gives is the same in 1 and 3, so 1 keeps it. An example
-draws its randomness from a key of its own, so 1 and 3 see the same masks, and the result does not
-depend on the number of chunks.
+activations. The last chunk of a tower that is held goes forward once for 1 and 3: its activations
+wait for 2. What a frozen vision tower gives is the same in 1 and 3, so 1 keeps it. An example draws
+its randomness from a key of its own, so 1 and 3 see the same masks, and the result does not depend
+on the number of chunks.
 
 Every device cuts its own rows into chunks, so no example changes its device.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from internvl_jax import rules
-from internvl_jax.objectives import Objective
+from internvl_jax.objectives import Objective, Outputs
 from internvl_jax.sharding import batch_pieces, spec
 
 Bind = Callable[[dict], Any]
@@ -36,9 +38,10 @@ Bind = Callable[[dict], Any]
 _AT_ONCE = 5
 
 
-def forward_chunks(chunks: int) -> int:
-    """Into how many parts the pass for the features cuts a step of so many chunks."""
-    return next(n for n in range(1, chunks + 1) if chunks % n == 0 and chunks <= n * _AT_ONCE)
+def forward_passes(chunks: int, rows: int) -> int:
+    """Into how many equal parts the pass for the features cuts so many chunks of so many rows."""
+    whole, most = chunks * rows, _AT_ONCE * rows
+    return next(n for n in range(1, whole + 1) if whole % n == 0 and whole <= n * most)
 
 
 def value_and_grad(
@@ -49,17 +52,21 @@ def value_and_grad(
     batch: dict[str, jax.Array],
     keys: jax.Array,
     chunks: int = 1,
+    held_towers: int = 1,
 ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], dict]:
     """((loss, metrics), gradient by `trainable`) of a whole batch.
 
     bind: parameters → model. keys: one per example. chunks: divides each device's examples.
+    held_towers: how many of the groups in `objective.separate` (or all outputs together, where
+      there are none) hold the activations of their last chunk until the loss is known. The first
+      goes back first, so that one costs no memory; each further one costs what it holds.
     """
 
     def model(trainable: dict) -> Any:
         return bind(rules.merge(trainable, frozen))
 
     if chunks > 1:
-        return _in_chunks(objective, model, trainable, batch, keys, chunks)
+        return _in_chunks(objective, model, trainable, batch, keys, chunks, held_towers)
 
     def whole(trainable: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
         return objective(model(trainable), batch, keys)
@@ -74,68 +81,118 @@ def _in_chunks(
     batch: dict[str, jax.Array],
     keys: jax.Array,
     chunks: int,
+    held_towers: int,
 ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], dict]:
     batch = objective.prepare(batch)
-    fewer, numbers = forward_chunks(chunks), jnp.arange(chunks)
-    given = _cut((batch, keys), fewer)
+    parts = _cut((batch, keys), chunks)
     tower_learns = "vit" in trainable
 
-    def features(_: None, number: jax.Array) -> tuple[None, tuple[dict, dict]]:
-        whole, (part, part_keys) = model(trainable), _chunk(given, number)
-        vision = None if tower_learns else objective.vision(whole, part, part_keys)
-        kept = {} if vision is None else {"vision": vision}
-        return None, (objective.features(whole, {**part, **kept}, part_keys), kept)
+    def with_vision(part: Any, part_keys: jax.Array) -> dict:
+        """A part with what a frozen tower gives for it."""
+        tower = None if tower_learns else objective.vision(model(trainable), part, part_keys)
+        return part if tower is None else {**part, "vision": tower}
 
-    cached, kept = _joined(jax.lax.scan(features, None, numbers[:fewer])[1])
-    batch = {**batch, **kept}
+    def features(part: Any, part_keys: jax.Array) -> Outputs:
+        return objective.features(model(trainable), part, part_keys)
+
+    def outputs(names: tuple[str, ...], part: tuple, trainable: dict) -> Outputs:
+        every = objective.outputs(model(trainable), *part)
+        return {name: every[name] for name in names}  # what the others need is never computed
+
+    shapes = jax.eval_shape(lambda: objective.outputs(model(trainable), *_chunk(parts, 0)))
+    needed = jax.eval_shape(lambda: features(*_chunk(parts, 0)))
+    groups = objective.separate or (tuple(shapes),)
+    # What is mined depends on all features, and the outputs on what is mined.
+    held = groups[:held_towers] if needed and not objective.mines else ()
+    ahead = chunks - bool(held)
+    passes = forward_passes(ahead, jax.tree.leaves(parts)[0].shape[2])
+    early = _cut_again(jax.tree.map(lambda x: x[:, :ahead], parts), passes)
+
+    def forward(_: None, number: jax.Array) -> tuple[None, tuple[Outputs, dict]]:
+        part, part_keys = _chunk(early, number)
+        whole = with_vision(part, part_keys)
+        return None, (features(whole, part_keys), {n: whole[n] for n in whole.keys() - part.keys()})
+
+    cached, vision = _joined(jax.lax.scan(forward, None, jnp.arange(passes))[1])
+    last_results: Outputs = {}
+    pulls = []
+    if held:
+        # After the others: what it holds would be in memory beside their pass.
+        (last, last_keys), cached = jax.lax.optimization_barrier((_chunk(parts, ahead), cached))
+        last = with_vision(last, last_keys)
+        for names in held:
+            turn = functools.partial(outputs, names, (last, last_keys))
+            own, pull = jax.vjp(turn, trainable)
+            last_results |= own
+            pulls.append((names, pull))
+        known = last_results
+        if not needed.keys() <= known.keys():
+            known = features(last, last_keys) | known
+        cached = {name: _follow(x, known[name]) for name, x in cached.items()}
+        vision = {name: _follow(x, last[name]) for name, x in vision.items()}
+    batch = {**batch, **vision}
     if objective.mines:
         batch = objective.mine(cached, batch)
     parts = _cut((batch, keys), chunks)
 
-    def outputs(trainable: dict, number: jax.Array) -> dict:
-        return objective.outputs(model(trainable), *_chunk(parts, number))
-
     # Where the loss is linear in an output, its gradient is the same everywhere, so also at zero.
-    shapes = jax.eval_shape(outputs, trainable, numbers[0])
     at = {name: _zeros(x, chunks) for name, x in shapes.items()} | cached
     gradient = jax.grad(lambda at: objective.loss(model(trainable), at, batch)[0])(at)
     gradient = _cut(gradient, chunks)
 
-    def backward(names: tuple[str, ...], total: dict, number: jax.Array) -> tuple[dict, dict]:
-        def chosen(trainable: dict) -> dict:
-            every = outputs(trainable, number)  # what the others need is never computed
-            return {name: every[name] for name in names}
+    def given(names: tuple[str, ...], number: jax.Array | int) -> Outputs:
+        return {name: _chunk(gradient[name], number) for name in names}
 
-        results, pull = jax.vjp(chosen, trainable)
-        (part,) = pull({name: _chunk(gradient[name], number) for name in names})
-        return jax.tree.map(jnp.add, total, part), results
+    def backward(names: tuple[str, ...], total: dict, number: jax.Array) -> tuple[dict, Outputs]:
+        part = _chunk(parts, number)
+        results, pull = jax.vjp(functools.partial(outputs, names, part), trainable)
+        return jax.tree.map(jnp.add, total, *pull(given(names, number))), results
 
-    total, results = jax.tree.map(jnp.zeros_like, trainable), {}
-    for names in objective.separate or (tuple(shapes),):
+    total, results = jax.tree.map(jnp.zeros_like, trainable), last_results
+    for names, pull in reversed(pulls):  # the first goes on with its other chunks
+        total = jax.tree.map(jnp.add, total, *pull(given(names, ahead)))
+    for names in groups:
+        # One after the other, so that two do not hold their activations at a time.
+        total, gradient = jax.lax.optimization_barrier((total, gradient))
         turn = functools.partial(backward, names)
-        total, own = jax.lax.scan(turn, total, numbers)
-        results |= _joined(own)
+        left = jnp.arange(ahead if names in held else chunks)
+        total, own = jax.lax.scan(turn, total, left)
+        own = _joined(own)
+        results |= {n: _follow(x, results[n]) if n in results else x for n, x in own.items()}
 
     # What is left is the gradient of parameters that the loss uses itself (the temperature).
-    def last(trainable: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def last_use(trainable: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
         return objective.loss(model(trainable), results, batch)
 
-    value, direct = jax.value_and_grad(last, has_aux=True)(trainable)
+    value, direct = jax.value_and_grad(last_use, has_aux=True)(trainable)
     return value, jax.tree.map(jnp.add, total, direct)
 
 
 def _cut(tree: Any, chunks: int) -> Any:
     """[B, …] → [devices, chunks, rows, …] of every leaf: a view of what each device holds."""
     pieces = batch_pieces()
-
-    def cut(x: jax.Array) -> jax.Array:
-        shape = (pieces, chunks, x.shape[0] // (pieces * chunks), *x.shape[1:])
-        return jnp.reshape(x, shape, out_sharding=spec("batch", *(None,) * (len(shape) - 1)))
-
-    return jax.tree.map(cut, tree)
+    return jax.tree.map(lambda x: _by_device(x, pieces, chunks, *x.shape[1:]), tree)
 
 
-def _chunk(parts: Any, number: jax.Array) -> Any:
+def _cut_again(parts: Any, chunks: int) -> Any:
+    """The same rows of each device in another number of chunks."""
+    return jax.tree.map(lambda x: _by_device(x, x.shape[0], chunks, *x.shape[3:]), parts)
+
+
+def _by_device(x: jax.Array, pieces: int, chunks: int, *rest: int) -> jax.Array:
+    shape = (pieces, chunks, x.size // (pieces * chunks * math.prod(rest)), *rest)
+    return jnp.reshape(x, shape, out_sharding=spec("batch", *(None,) * (len(shape) - 1)))
+
+
+def _follow(early: jax.Array, late: jax.Array) -> jax.Array:
+    """Each device's rows of `late` after those of `early`, [B, …] all three."""
+    both = [x[:, 0] for x in _cut((early, late), 1)]
+    joined = jnp.concatenate(both, axis=1)
+    shape = (early.shape[0] + late.shape[0], *early.shape[1:])
+    return jnp.reshape(joined, shape, out_sharding=spec("batch", *(None,) * (len(shape) - 1)))
+
+
+def _chunk(parts: Any, number: jax.Array | int) -> Any:
     """One chunk of `_cut`'s result, [B / chunks, …]."""
 
     def take(x: jax.Array) -> jax.Array:

@@ -133,6 +133,7 @@ def train(config: Any, directory: str | Path) -> dict[str, float]:
             tx,
             seed=config.seed,
             chunks=config.chunks,
+            held_towers=config.held_towers,
             learning_rate=learning_rate,
         )
         start = int(state.step)

@@ -28,6 +28,7 @@ def make_train_step(
     *,
     seed: int,
     chunks: int = 1,
+    held_towers: int = 1,
     learning_rate: Callable[[Any], jax.Array] | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiled `step(state, batch) -> (state, metrics)`; the state passed in is donated.
@@ -37,7 +38,7 @@ def make_train_step(
     bind: the whole parameter tree → the model; only `state.trainable` is differentiated.
     seed: of what is random in the objective. An example's key depends on it, on `state.step` and on
       the example's row, so a resumed run draws what the uninterrupted one would have drawn.
-    chunks: see `gradients`.
+    chunks, held_towers: see `gradients`.
     learning_rate: schedule to report, from `optimizer.make_optimizer`.
 
     Metrics: those of the objective and loss, grad_norm (before clipping), learning_rate, skipped,
@@ -49,7 +50,7 @@ def make_train_step(
     def step(state: TrainState, batch: dict):
         keys = example_keys(seed, state.step, batch)
         (loss, metrics), gradients = value_and_grad(
-            objective, bind, state.trainable, state.frozen, batch, keys, chunks
+            objective, bind, state.trainable, state.frozen, batch, keys, chunks, held_towers
         )
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)

@@ -11,7 +11,7 @@ from internvl_jax import models, objectives, rules
 from internvl_jax.objectives import OBJECTIVES
 from internvl_jax.sharding import batch_sharding, make_mesh
 from internvl_jax.train import flops
-from internvl_jax.train.gradients import forward_chunks, value_and_grad
+from internvl_jax.train.gradients import forward_passes, value_and_grad
 from tests import objectives_test
 from tests.objectives_test import make_batch
 
@@ -29,13 +29,17 @@ CASES = {
 }
 
 
-def compute(objective, trainable, sizes, chunks):
+def several(batch, copies):
+    return {name: np.tile(x, (copies, *[1] * (x.ndim - 1))) for name, x in batch.items()}
+
+
+def compute(objective, trainable, sizes, chunks, copies=1, **options):
     name = next(n for n, kind in OBJECTIVES.items() if kind is type(objective))
     family = objectives_test.FAMILY.get(name, "internvl")
     # Random masks and dropped branches must be the same for an example in any chunk.
     drop = {"drop_path": 0.5, "drop_path_schedule": "uniform"} if family != "language" else {}
     config = models.from_dict({"family": family, "size": "tiny", "depth": 1, **drop})
-    batch = make_batch(name)
+    batch = several(make_batch(name), copies)
     params = jax.device_get(models.create(config, jax.random.key(0)))
     mesh = sizes and make_mesh(*sizes)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
@@ -44,10 +48,10 @@ def compute(objective, trainable, sizes, chunks):
             batch = jax.device_put(batch, batch_sharding(mesh))
         learned, frozen = rules.partition(params, trainable)
         bind = functools.partial(models.bind, config)
-        keys = jax.random.split(jax.random.key(1), objectives_test.ROWS)
+        keys = jax.random.split(jax.random.key(1), copies * objectives_test.ROWS)
         if mesh is not None:
             keys = jax.device_put(keys, batch_sharding(mesh))
-        step = functools.partial(value_and_grad, objective, bind, chunks=chunks)
+        step = functools.partial(value_and_grad, objective, bind, chunks=chunks, **options)
         (loss, metrics), gradient = jax.device_get(jax.jit(step)(learned, frozen, batch, keys))
         return loss, metrics, rules.flatten(gradient)
 
@@ -74,20 +78,31 @@ def test_chunks_equal_one_pass(name):
         assert np.abs(other[2][path] - reference).max() <= bound, path
 
 
-def test_features_of_several_chunks_at_once_stay_with_their_examples():
-    """Eight chunks, whose features come in two passes, each example with its own random mask."""
-    assert forward_chunks(8) == 2
+@pytest.mark.parametrize("held", [0, 1, 2])
+def test_features_of_several_chunks_at_once_stay_with_their_examples(held):
+    """Eight chunks: their features come in two passes, each example has its own random mask."""
+    assert forward_passes(8, rows=2) == forward_passes(7, rows=2) == 2
     objective = OBJECTIVES["contrastive"](mask_ratio=0.5)
-    loss, _, gradient = compute(objective, ".*", None, 1)
-    other, _, parts = compute(objective, ".*", None, 8)
+    loss, _, gradient = compute(objective, ".*", None, 1, copies=2)
+    other, _, parts = compute(objective, ".*", None, 8, copies=2, held_towers=held)
     assert other == pytest.approx(loss, abs=1e-5)
     for path, reference in gradient.items():
         bound = 1e-4 * np.abs(reference).max() + 2e-6
         assert np.abs(parts[path] - reference).max() <= bound, path
 
 
-def test_a_frozen_tower_works_once_however_many_the_chunks():
-    objective = OBJECTIVES["generative"]()
+@pytest.mark.parametrize(
+    ("chunks", "rows", "passes"), [(4, 128, 1), (9, 64, 2), (7, 80, 2), (19, 32, 4), (7, 1, 7)]
+)
+def test_passes_for_the_features_are_few_equal_and_no_larger_than_five_chunks(chunks, rows, passes):
+    found = forward_passes(chunks, rows)
+    assert found == passes
+    assert chunks * rows % found == 0
+    assert chunks * rows // found <= 5 * rows
+
+
+def tower_work(objective, trainable, chunks, held_towers=1):
+    """FLOPs of a step of InternVL-G, tiny, and of its vision tower forward over the batch."""
     config = models.from_dict({"family": "internvl", "size": "tiny", "depth": 1})
     batch, params = (
         make_batch("generative"),
@@ -95,17 +110,29 @@ def test_a_frozen_tower_works_once_however_many_the_chunks():
     )
     keys = jax.random.split(jax.random.key(1), objectives_test.ROWS)
     bind = functools.partial(models.bind, config)
-
-    def work(trainable, chunks):
-        learned, frozen = rules.partition(params, trainable)
-        step = functools.partial(value_and_grad, objective, bind, chunks=chunks)
-        return flops.count(step, learned, frozen, batch, keys)
-
-    def twice(trainable):
-        return work(trainable, 2) - work(trainable, 1)  # what is computed for the features
-
+    learned, frozen = rules.partition(params, trainable)
+    options = {"chunks": chunks, "held_towers": held_towers}
+    step = functools.partial(value_and_grad, objective, bind, **options)
     tower = flops.count(lambda p: bind(p).vision(batch["image"]), params)
-    assert twice("queries|vit/.*") - twice("queries") == pytest.approx(tower, rel=0.01)
+    return flops.count(step, learned, frozen, batch, keys), tower
+
+
+@pytest.mark.parametrize(
+    ("mining", "held", "share"), [("random", 1, 0.75), ("random", 0, 1.0), ("hardest", 1, 1.0)]
+)
+def test_a_frozen_tower_works_once_and_a_trained_one_again_where_its_chunk_is_not_held(
+    mining, held, share
+):
+    objective = OBJECTIVES["generative"](itm_negatives=mining)
+
+    def again(trainable):  # what is computed for the features
+        whole, _ = tower_work(OBJECTIVES["generative"](), trainable, 1)
+        parts, tower = tower_work(objective, trainable, 4, held)
+        return parts - whole, tower
+
+    trained, tower = again("queries|vit/.*")
+    frozen, _ = again("queries")
+    assert trained - frozen == pytest.approx(share * tower, rel=0.01)
 
 
 def test_towers_that_share_no_output_hold_their_activations_one_after_the_other():
@@ -114,12 +141,13 @@ def test_towers_that_share_no_output_hold_their_activations_one_after_the_other(
 
     config = models.from_dict({"family": "internvl", "size": "tiny", "depth": 16})
     params = models.create(config, jax.random.key(0))
-    batch = {n: np.tile(x, (8, *[1] * (x.ndim - 1))) for n, x in make_batch("contrastive").items()}
+    batch = several(make_batch("contrastive"), 8)
     keys = jax.random.split(jax.random.key(1), len(batch["image"]))
     bind = functools.partial(models.bind, config)
 
     def memory(objective):
-        step = jax.jit(functools.partial(value_and_grad, objective, bind, chunks=2))
+        step = functools.partial(value_and_grad, objective, bind, chunks=2, held_towers=0)
+        step = jax.jit(step)
         return step.lower(params, {}, batch, keys).compile().memory_analysis().temp_size_in_bytes
 
     assert memory(objectives.Contrastive()) < 0.75 * memory(Together())
