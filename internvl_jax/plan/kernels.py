@@ -15,9 +15,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-_EXIT = re.compile(r"totalorder\s+%\S+,\s+(\d+)\s+/\* loop exit test \*/")
+_EXIT = re.compile(r"%(\w+) = [^;%]*totalorder\s+%\S+,\s+(\d+)\s+/\* loop exit test \*/")
+_BACK = re.compile(r"sbr\.rel \(!%(\w+)\)")
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s")
-_COPY = re.compile(r" %\S+ = smov [^;]*/\* copy for cssa \*/ }$")
 _CALL = re.compile(r'%([\w.\-]+) = [^\n]*?custom_call_target="tpu_custom_call"')
 _BODY = re.compile(r'"body":"([^"]*)"')
 _FILE = re.compile(r"\d+-(.*)-\d+-final_bundles\.txt$")
@@ -85,34 +85,27 @@ def calls(program: str) -> list[tuple[str, str]]:
 
 
 def issue_cycles(schedule: str) -> int:
-    """Bundles times loop trips of one kernel's final schedule."""
-    depths: list[int] = []
-    exits: list[tuple[int, int]] = []  # bundle, trips
-    moved = False
+    """Bundles times loop trips of one kernel's final schedule.
+
+    A loop begins at its label and ends with the region from which the branch on its exit test goes
+    back: instructions of its surroundings may stand in between, where a slot was free.
+    """
+    count, begun = 0, []
+    tests: dict[str, int] = {}  # predicate of an exit test → trips
+    ending: list[int] = []  # trips of a loop that went back
+    loops = []  # first bundle, last bundle, trips
     for line in schedule.splitlines():
         if _BUNDLE.match(line):
-            marks, _, bundle = line.partition("{")
-            depth, begins = marks.count(">"), "LB:" in marks
-            # A copy that was moved into a loop may have the marks of its old place, and an empty
-            # bundle has none; both belong to the loop in which they stand.
-            if moved and depth == depths[-2] > depths[-1] and not begins:
-                depths[-1] = depth
-            moved = len(depths) > 0 and depth < depths[-1] and _COPY.match(bundle) is not None
-            empty = bundle.strip().startswith("}") and depths
-            depths.append(depths[-1] if empty else depth)
-        exits += [(len(depths) - 1, int(trips)) for trips in _EXIT.findall(line)]
-    weights = [1] * len(depths)
-    for first, last, trips in {_loop(depths, at, trips) for at, trips in exits}:
+            count += 1
+            if "LB:" in line.partition("{")[0]:
+                begun.append(count)
+        tests |= {predicate: int(trips) for predicate, trips in _EXIT.findall(line)}
+        ending += [tests[predicate] for predicate in _BACK.findall(line) if predicate in tests]
+        if ending and "End region" in line:  # after the slots that issue before the branch is taken
+            # The loop over the grid may begin with the kernel, without a label.
+            loops.append((begun.pop() if begun else 1, count, ending.pop()))
+    weights = [1] * (count + 1)
+    for first, last, trips in loops:
         for i in range(first, last + 1):
             weights[i] *= trips
-    return sum(weights)
-
-
-def _loop(depths: list[int], at: int, trips: int) -> tuple[int, int, int]:
-    """The stretch of bundles around `at` that are nested at least as deep."""
-    first = last = at
-    while first > 0 and depths[first - 1] >= depths[at]:
-        first -= 1
-    while last + 1 < len(depths) and depths[last + 1] >= depths[at]:
-        last += 1
-    return first, last, trips
+    return sum(weights[1:])
