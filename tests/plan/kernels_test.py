@@ -22,6 +22,11 @@ def test_loops_multiply_what_stands_in_them():
     assert kernels.issue_cycles(SCHEDULE) == CYCLES
 
 
+def test_turns_that_only_move_data_do_not_count():
+    pipelined = SCHEDULE.replace("{ %c = vadd }", "{ %c = sadd -1 /* iteration index, stage = 2 */ }")
+    assert kernels.issue_cycles(pipelined) == 2 + (5 - 2) * (3 + 3 * 3) + 1
+
+
 def test_only_the_programs_kernels_count(tmp_path):
     for name in ("10-attention.1-03-final_bundles.txt", "11-fusion.7-03-final_bundles.txt"):
         (tmp_path / name).write_text(SCHEDULE)
