@@ -24,6 +24,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from internvl_jax.kernels import pipeline_tpu
+
 LANES = 128
 LONGEST = 385
 MEGABYTE = 2**20
@@ -244,24 +246,7 @@ def _forward_kernel(qkv_ref, *refs, heads, eps, normalised):
             lane == head, top * to_base_2 + jnp.log2(total), log_sum_ref[0, :length, :]
         )
 
-    _pipeline((normalise, score, mix), heads)
-
-
-def _pipeline(stages: tuple, heads: int) -> None:
-    """Stage i works on head t − i at step t, so that vector and matrix work of different heads
-    stand side by side for the compiler to interleave.
-
-    A head keeps its slot of the scratch buffers through all stages. Steps before the first head
-    and after the last repeat that one: what they write is written again, or the same.
-    """
-    slots = len(stages)
-
-    @pl.loop(0, pl.cdiv(heads + slots - 1, slots))
-    def _(turn):
-        for i in range(slots):
-            for stage, work in reversed(list(enumerate(stages))):
-                head = jnp.clip(turn * slots + i - stage, 0, heads - 1)
-                work(head, (i - stage) % slots)
+    pipeline_tpu.run((normalise, score, mix), heads)
 
 
 def _row_products(rows: jax.Array, row: jax.Array) -> jax.Array:
@@ -360,7 +345,6 @@ def _backward_kernel(qkv_ref, gradient_ref, log_sum_ref, *refs, heads, eps, norm
                 weight = weight_ref[part : part + 1, _lanes(head)].astype(jnp.float32)
                 along = piece * unit
                 weight_gradient += jnp.sum(along, axis=0, keepdims=True)
-                # Set, not added to: the pipeline's ends come to a head more than once.
                 radial_ref[part, rows, :] = jnp.where(
                     lane == head,
                     jnp.sum(along * weight, axis=1, keepdims=True),
@@ -371,7 +355,7 @@ def _backward_kernel(qkv_ref, gradient_ref, log_sum_ref, *refs, heads, eps, norm
         if normalised:
             weight_gradient_ref[0, part : part + 1, _lanes(head)] = weight_gradient
 
-    _pipeline((normalise, score, soften, pull_back), heads)
+    pipeline_tpu.run((normalise, score, soften, pull_back), heads)
     if not normalised:
         return
     for part in range(2):

@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from internvl_jax.kernels import vmem
+from internvl_jax.kernels import pipeline_tpu, vmem
 from internvl_jax.kernels.masks import QUERY, ROW, Full, Mask
 
 LANES = 128
@@ -272,49 +272,28 @@ def _summed(sizes: Sizes) -> bool:
 # Inside the kernels.
 
 
-def _pipeline(stages: tuple[Callable, ...], items: int) -> None:
-    """Stage i works on item t − i at step t, so that vector and matrix work of different items
-    stand side by side for the compiler to interleave.
-
-    An item is a tile of a head; it keeps its slot of the scratch buffers through all stages. Steps
-    before the first item and after the last repeat that one, except that the last stage never
-    repeats the last item.
-    """
-
-    def step(at, static):
-        for stage, work in reversed(list(enumerate(stages))):
-            work(jnp.clip(at - stage, 0, items - 1), (static - stage) % STAGES)
-
-    turns, left = divmod(items + STAGES - 1, STAGES)
-
-    @pl.loop(0, turns)
-    def _(turn):
-        for i in range(STAGES):
-            step(turn * STAGES + i, i)
-
-    for i in range(left):
-        step(turns * STAGES + i, i)
-
-
 class _Item:
     """Where the tile of a head lies in the blocks of a grid step."""
 
-    def __init__(self, sizes: Sizes, item):
-        self.head, self.tile = jax.lax.div(item, sizes.tiles), jax.lax.rem(item, sizes.tiles)
-        if sizes.tiles == 1:
-            self.head, self.tile = item, 0
+    def __init__(self, sizes: Sizes, item: jax.Array | int):
+        self.head, self.tile = _divmod(item, sizes.tiles)
         start = self.tile * sizes.tile
         self.rows = pl.ds(pl.multiple_of(start, sizes.tile), sizes.tile)
         if sizes.tiles == 1:
             self.rows = slice(None)
         self.lanes = _lanes(self.head)
-        shared = self.head if sizes.repeat == 1 else jax.lax.div(self.head, sizes.repeat)
+        shared, sharer = _divmod(self.head, sizes.repeat)
         self.key_lanes = _lanes(shared)
         # Whether it is the first to contribute to its key head.
-        self.first = self.tile == 0
-        if sizes.repeat > 1:
-            self.first &= jax.lax.rem(self.head, sizes.repeat) == 0
+        self.first = (self.tile == 0) & (sharer == 0)
         self.left = sizes.queries - start  # queries that there are from here on
+
+
+def _divmod(number: jax.Array | int, by: int) -> tuple[jax.Array | int, jax.Array | int]:
+    """Of numbers that are not negative, which spares the scalar unit their signs."""
+    if by == 1 or isinstance(number, int):
+        return divmod(number, by) if by > 1 else (number, 0)
+    return jax.lax.div(number, by), jax.lax.rem(number, by)
 
 
 def _chunks(sizes: Sizes) -> list[slice]:
@@ -426,7 +405,7 @@ def _forward_kernel(sizes: Sizes, mask: Mask, *refs):
         mixed = _dot(weights, value_ref[:, item.key_lanes], _COLUMNS_BY_ROWS)
         out_ref[item.rows, item.lanes] = (mixed * _column(total_ref[slot])).astype(out_ref.dtype)
 
-    _pipeline((score, soften, mix), sizes.group * sizes.repeat * sizes.tiles)
+    pipeline_tpu.run((score, soften, mix), sizes.group * sizes.repeat * sizes.tiles)
 
 
 def _backward_kernel(sizes: Sizes, mask: Mask, *refs):
@@ -473,7 +452,7 @@ def _backward_kernel(sizes: Sizes, mask: Mask, *refs):
         to_query = _dot(push, key_ref[:, item.key_lanes], _COLUMNS_BY_ROWS)
         to_query_ref[item.rows, item.lanes] = (to_query * sizes.scale).astype(to_query_ref.dtype)
 
-    _pipeline((score, soften, pull_back), sizes.group * sizes.repeat * sizes.tiles)
+    pipeline_tpu.run((score, soften, pull_back), sizes.group * sizes.repeat * sizes.tiles)
 
 
 def _whole(count: int, of: int) -> int:
