@@ -153,7 +153,7 @@ def _in_chunks(
         total = jax.tree.map(jnp.add, total, *pull(given(names, ahead)))
     for names in groups:
         # One after the other, so that two do not hold their activations at a time.
-        total, gradient = jax.lax.optimization_barrier((total, gradient))
+        total, parts = jax.lax.optimization_barrier((total, parts))
         turn = functools.partial(backward, names)
         left = jnp.arange(ahead if names in held else chunks)
         total, own = jax.lax.scan(turn, total, left)
