@@ -9,10 +9,10 @@ InternViT's lengths are one more than a multiple of 128 (256 patches and the cla
 matrix unit works in tiles of 128 keys, so the last key (forward) or query (backward) would cost it
 a whole tile: where one row is left over, the vector unit handles it.
 
-The forward pass keeps the log-sum-exp of each row and head, in base 2. The backward pass works on
-transposed scores, keys down and queries across: of its five products only that of the query's
-gradient then has an operand to transpose, and per-query numbers are rows, spread over the keys for
-free.
+The forward pass keeps the log-sum-exp of each row and head, in base 2, and in two more lanes the
+inverse root mean squares of the row's queries and keys. The backward pass works on transposed
+scores, keys down and queries across: of its five products only that of the query's gradient then
+has an operand to transpose, and per-query numbers are rows, spread over the keys for free.
 """
 
 import functools
@@ -28,6 +28,7 @@ from internvl_jax.kernels import pipeline_tpu
 
 LANES = 128
 LONGEST = 385
+MOST_HEADS = LANES - 2  # a lane each, and two for the statistics of QK-normalisation
 MEGABYTE = 2**20
 
 _PLAIN = (((1,), (0,)), ((), ()))
@@ -42,8 +43,8 @@ def supports(qkv: jax.Array, num_heads: int) -> str | None:
         return f"{wide} columns are not queries, keys and values of {num_heads} heads"
     if wide // (3 * num_heads) != LANES:
         return f"a head has {wide // (3 * num_heads)} columns, the kernel takes {LANES}"
-    if num_heads > LANES:
-        return f"{num_heads} heads; the kernel takes at most {LANES}"
+    if num_heads > MOST_HEADS:
+        return f"{num_heads} heads; the kernel takes at most {MOST_HEADS}"
     if length > LONGEST:
         return f"{length} tokens; the kernel takes at most {LONGEST}"
     if qkv.dtype not in (jnp.bfloat16, jnp.float32):
@@ -139,7 +140,7 @@ def _backward(settings, saved, gradient):
             *[pltpu.VMEM((4, length, _main(length)), jnp.float32)] * 2,
             *[pltpu.VMEM((4, length, _main(length)), qkv.dtype)] * 2,
             *([pltpu.VMEM((2, 4, length, LANES), qkv.dtype)] if normalised else []),
-            *([pltpu.VMEM((2, length, LANES), jnp.float32)] if normalised else []),
+            *([pltpu.VMEM((2, length, LANES), jnp.float32)] * 2 if normalised else []),
         ],
         compiler_params=_parameters(qkv, thirds=7),
         name="attention_qkv_backward",
@@ -219,6 +220,10 @@ def _forward_kernel(qkv_ref, *refs, heads, eps, normalised):
     )
     to_base_2 = LANES**-0.5 * math.log2(math.e)
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    if normalised:
+        of_query, of_key = inverse
+        kept = jnp.where(lane == MOST_HEADS, of_query, of_key)
+        log_sum_ref[0, :length, :] = jnp.where(lane < MOST_HEADS, 0.0, kept)
 
     def normalise(head, slot):
         for part, ref in enumerate((query_ref, key_ref)):
@@ -273,12 +278,13 @@ def _backward_kernel(qkv_ref, gradient_ref, log_sum_ref, *refs, heads, eps, norm
     out_ref, *refs = refs[1:] if normalised else refs
     weight_gradient_ref = refs.pop(0) if normalised else None
     log_sums_ref, query_ref, key_ref, scores_ref, pull_ref, weights_ref, push_ref, *refs = refs
-    unit_ref, radial_ref = refs if normalised else (None, None)
-    inverse = None
+    unit_ref, radial_ref, inverse_ref = refs if normalised else (None, None, None)
+    length = qkv_ref.shape[1]
     if normalised:
         radial_ref[...] = jnp.zeros_like(radial_ref)
-        inverse = [_inverse_rms(qkv_ref, part * heads, heads, eps) for part in range(2)]
-    length = qkv_ref.shape[1]
+        for part in range(2):  # spread over the lanes once, not for every head
+            kept = log_sum_ref[0, :length, MOST_HEADS + part : MOST_HEADS + part + 1]
+            inverse_ref[part] = jnp.broadcast_to(kept, (length, LANES))
     main = _main(length)
     scale = LANES**-0.5
     to_base_2 = scale * math.log2(math.e)
@@ -290,7 +296,7 @@ def _backward_kernel(qkv_ref, gradient_ref, log_sum_ref, *refs, heads, eps, norm
 
     def normalise(head, slot):
         for part, ref in enumerate((query_ref, key_ref)):
-            unit, ref[slot] = _normalised(qkv_ref, weight_ref, inverse, part, head, heads)
+            unit, ref[slot] = _normalised(qkv_ref, weight_ref, inverse_ref, part, head, heads)
             if normalised:
                 unit_ref[part, slot] = unit
 
@@ -345,11 +351,7 @@ def _backward_kernel(qkv_ref, gradient_ref, log_sum_ref, *refs, heads, eps, norm
                 weight = weight_ref[part : part + 1, _lanes(head)].astype(jnp.float32)
                 along = piece * unit
                 weight_gradient += jnp.sum(along, axis=0, keepdims=True)
-                radial_ref[part, rows, :] = jnp.where(
-                    lane == head,
-                    jnp.sum(along * weight, axis=1, keepdims=True),
-                    radial_ref[part, rows, :],
-                )
+                radial_ref[part, rows] += along * weight
                 piece = (piece * weight).astype(out_ref.dtype)
             out_ref[0, rows, _lanes(head, part * heads)] = piece
         if normalised:
@@ -360,11 +362,12 @@ def _backward_kernel(qkv_ref, gradient_ref, log_sum_ref, *refs, heads, eps, norm
         return
     for part in range(2):
         radial = jnp.sum(radial_ref[part], axis=1, keepdims=True) / (heads * LANES)
-        away = inverse[part] * inverse[part] * radial
+        inverse = inverse_ref[part]
+        away = inverse * inverse * radial
 
         @pl.loop(0, heads)
-        def _(head, part=part, away=away):
+        def _(head, part=part, inverse=inverse, away=away):
             columns = _lanes(head, part * heads)
             x = qkv_ref[0, :, columns].astype(jnp.float32)
             wide = out_ref[0, :, columns].astype(jnp.float32)
-            out_ref[0, :, columns] = (wide * inverse[part] - x * away).astype(out_ref.dtype)
+            out_ref[0, :, columns] = (wide * inverse - x * away).astype(out_ref.dtype)

@@ -88,10 +88,10 @@ def calls(program: str) -> list[tuple[str, str]]:
 def issue_cycles(schedule: str) -> int:
     """Bundles times loop trips of one kernel's final schedule.
 
-    A loop begins at its label and ends with the region from which the branch on its exit test goes
-    back: instructions of its surroundings may stand in between, where a slot was free. The loop
-    over the grid makes a turn more for each stage of its pipeline after the first, in which it moves
-    data and passes over the kernel; those are not counted.
+    A loop begins at its label and ends with the region from which the branch on its exit test
+    goes back: instructions of its surroundings may stand in between, where a slot was free. The
+    loop over the grid makes a turn more for each stage of its pipeline after the first, in which it
+    moves data and passes over the kernel; those are not counted.
     """
     count, begun, stages = 0, [], 0
     tests: dict[str, int] = {}  # predicate of an exit test → trips

@@ -21,8 +21,8 @@ from typing import Any
 import jax
 
 # What the saved state is a state of: a change here is another experiment. All else may change on
-# resume (rates, schedule, steps, intervals, evaluations, mesh, chunks, held towers); the data answer
-# for themselves by their fingerprint.
+# resume (rates, schedule, steps, intervals, evaluations, mesh, chunks, towers held); the data
+# answer for themselves by their fingerprint.
 FIXED = ("model", "objective", "trainable", "seed")
 
 

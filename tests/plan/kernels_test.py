@@ -9,7 +9,7 @@ SCHEDULE = """
    0x1   :  { %b = vadd }
    0x2 LB: > { %c = vadd }
    0x3 LB: >> { %d = vadd ; %p1_p7 = scmp.ge.s32.totalorder %s2, 3 /* loop exit test */ }
-   0x4   : > { %l = smov (%p1_p7), 0 /* copy for cssa */ ; %9 = sbr.rel (!%p1_p7) target = $region8 }
+   0x4   : > { %l = smov (%p1_p7), 0 ; %9 = sbr.rel (!%p1_p7) target = $region8 }
    0x5   :  {} /* End region 8 :: End region 45 */
    0x6   : > { %h = vadd ; %p3_p0 = scmp.ge.s32.totalorder %s4, 5 /* loop exit test */ }
    0x7   :  { %7 = sbr.rel (!%p3_p0) target = $region12 } /* End region 4 */
@@ -23,7 +23,8 @@ def test_loops_multiply_what_stands_in_them():
 
 
 def test_turns_that_only_move_data_do_not_count():
-    pipelined = SCHEDULE.replace("{ %c = vadd }", "{ %c = sadd -1 /* iteration index, stage = 2 */ }")
+    index = "{ %c = sadd -1 /* iteration index, stage = 2 */ }"
+    pipelined = SCHEDULE.replace("{ %c = vadd }", index)
     assert kernels.issue_cycles(pipelined) == 2 + (5 - 2) * (3 + 3 * 3) + 1
 
 
