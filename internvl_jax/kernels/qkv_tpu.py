@@ -289,7 +289,6 @@ def _backward_kernel(qkv_ref, gradient_ref, log_sum_ref, *refs, heads, eps, norm
     scale = LANES**-0.5
     to_base_2 = scale * math.log2(math.e)
     log_sums_ref[...] = log_sum_ref[0].T  # a row per head
-    lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
 
     def value_and_gradient(head):
         return qkv_ref[0, :, _lanes(head, 2 * heads)], gradient_ref[0, :, _lanes(head)]

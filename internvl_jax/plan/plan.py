@@ -240,6 +240,8 @@ def _more_shards(mesh: jax.sharding.Mesh) -> str:
 
 def _advice(config: Any, mesh: jax.sharding.Mesh) -> str:
     ways = [f"raise chunks (now {config.chunks})"]
+    if config.chunks > 1 and config.held_towers > 1:
+        ways.append("set held_towers=1")
     if config.model.get("remat") != "full":
         ways.append("set model.remat=full")
     if mesh.shape["replica"] > 1:

@@ -19,6 +19,7 @@ on the number of chunks.
 Every device cuts its own rows into chunks, so no example changes its device.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from internvl_jax.objectives import Objective, Outputs
 from internvl_jax.sharding import batch_pieces, spec
 
 Bind = Callable[[dict], Any]
+Part = tuple[dict[str, jax.Array], jax.Array]
+Names = tuple[str, ...]
 # Chunks that go forward at once when no layer keeps anything for the way back. Of a token, the wide
 # arrays of an InternViT-6B block hold 35,000 numbers; a backward pass keeps 48 layers' inputs,
 # 154,000, and has its own wide arrays on top.
@@ -74,6 +77,36 @@ def value_and_grad(
     return jax.value_and_grad(whole, has_aux=True)(trainable)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What a step computes of a part of its batch: (fields, keys)."""
+
+    objective: Objective
+    model: Bind
+    trainable: dict
+
+    def with_vision(self, part: Part) -> Part:
+        """A part with what a frozen tower gives for it."""
+        if "vit" in self.trainable:
+            return part
+        fields, keys = part
+        vision = self.objective.vision(self.model(self.trainable), fields, keys)
+        return part if vision is None else ({**fields, "vision": vision}, keys)
+
+    def features(self, part: Part) -> Outputs:
+        return self.objective.features(self.model(self.trainable), *part)
+
+    def outputs(self, part: Part, names: Names = ()) -> tuple[Outputs, Callable]:
+        """Outputs, of these names or all, and their gradients → the gradient by `trainable`."""
+
+        def run(trainable: dict) -> Outputs:
+            every = self.objective.outputs(self.model(trainable), *part)
+            # What the others need is never computed.
+            return {name: every[name] for name in names or every}
+
+        return jax.vjp(run, self.trainable)
+
+
 def _in_chunks(
     objective: Objective,
     model: Bind,
@@ -83,53 +116,30 @@ def _in_chunks(
     chunks: int,
     held_towers: int,
 ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], dict]:
+    work = _Work(objective, model, trainable)
     batch = objective.prepare(batch)
     parts = _cut((batch, keys), chunks)
-    tower_learns = "vit" in trainable
-
-    def with_vision(part: Any, part_keys: jax.Array) -> dict:
-        """A part with what a frozen tower gives for it."""
-        tower = None if tower_learns else objective.vision(model(trainable), part, part_keys)
-        return part if tower is None else {**part, "vision": tower}
-
-    def features(part: Any, part_keys: jax.Array) -> Outputs:
-        return objective.features(model(trainable), part, part_keys)
-
-    def outputs(names: tuple[str, ...], part: tuple, trainable: dict) -> Outputs:
-        every = objective.outputs(model(trainable), *part)
-        return {name: every[name] for name in names}  # what the others need is never computed
-
-    shapes = jax.eval_shape(lambda: objective.outputs(model(trainable), *_chunk(parts, 0)))
-    needed = jax.eval_shape(lambda: features(*_chunk(parts, 0)))
+    shapes = jax.eval_shape(lambda: work.outputs(_chunk(parts, 0))[0])
+    needed = jax.eval_shape(lambda: work.features(_chunk(parts, 0)))
     groups = objective.separate or (tuple(shapes),)
     # What is mined depends on all features, and the outputs on what is mined.
     held = groups[:held_towers] if needed and not objective.mines else ()
     ahead = chunks - bool(held)
-    passes = forward_passes(ahead, jax.tree.leaves(parts)[0].shape[2])
-    early = _cut_again(jax.tree.map(lambda x: x[:, :ahead], parts), passes)
 
-    def forward(_: None, number: jax.Array) -> tuple[None, tuple[Outputs, dict]]:
-        part, part_keys = _chunk(early, number)
-        whole = with_vision(part, part_keys)
-        return None, (features(whole, part_keys), {n: whole[n] for n in whole.keys() - part.keys()})
-
-    cached, vision = _joined(jax.lax.scan(forward, None, jnp.arange(passes))[1])
-    last_results: Outputs = {}
+    cached, vision = _features(work, jax.tree.map(lambda x: x[:, :ahead], parts))
+    results: Outputs = {}
     pulls = []
     if held:
         # After the others: what it holds would be in memory beside their pass.
-        (last, last_keys), cached = jax.lax.optimization_barrier((_chunk(parts, ahead), cached))
-        last = with_vision(last, last_keys)
+        last, cached = jax.lax.optimization_barrier((_chunk(parts, ahead), cached))
+        last = work.with_vision(last)
         for names in held:
-            turn = functools.partial(outputs, names, (last, last_keys))
-            own, pull = jax.vjp(turn, trainable)
-            last_results |= own
+            own, pull = work.outputs(last, names)
+            results |= own
             pulls.append((names, pull))
-        known = last_results
-        if not needed.keys() <= known.keys():
-            known = features(last, last_keys) | known
+        known = results if needed.keys() <= results.keys() else work.features(last) | results
         cached = {name: _follow(x, known[name]) for name, x in cached.items()}
-        vision = {name: _follow(x, last[name]) for name, x in vision.items()}
+        vision = {name: _follow(x, last[0][name]) for name, x in vision.items()}
     batch = {**batch, **vision}
     if objective.mines:
         batch = objective.mine(cached, batch)
@@ -140,23 +150,21 @@ def _in_chunks(
     gradient = jax.grad(lambda at: objective.loss(model(trainable), at, batch)[0])(at)
     gradient = _cut(gradient, chunks)
 
-    def given(names: tuple[str, ...], number: jax.Array | int) -> Outputs:
+    def given(names: Names, number: jax.Array | int) -> Outputs:
         return {name: _chunk(gradient[name], number) for name in names}
 
-    def backward(names: tuple[str, ...], total: dict, number: jax.Array) -> tuple[dict, Outputs]:
-        part = _chunk(parts, number)
-        results, pull = jax.vjp(functools.partial(outputs, names, part), trainable)
-        return jax.tree.map(jnp.add, total, *pull(given(names, number))), results
+    def turn(names: Names, total: dict, number: jax.Array) -> tuple[dict, Outputs]:
+        own, pull = work.outputs(_chunk(parts, number), names)
+        return jax.tree.map(jnp.add, total, *pull(given(names, number))), own
 
-    total, results = jax.tree.map(jnp.zeros_like, trainable), last_results
+    total = jax.tree.map(jnp.zeros_like, trainable)
     for names, pull in reversed(pulls):  # the first goes on with its other chunks
         total = jax.tree.map(jnp.add, total, *pull(given(names, ahead)))
     for names in groups:
         # One after the other, so that two do not hold their activations at a time.
         total, parts = jax.lax.optimization_barrier((total, parts))
-        turn = functools.partial(backward, names)
         left = jnp.arange(ahead if names in held else chunks)
-        total, own = jax.lax.scan(turn, total, left)
+        total, own = jax.lax.scan(functools.partial(turn, names), total, left)
         own = _joined(own)
         results |= {n: _follow(x, results[n]) if n in results else x for n, x in own.items()}
 
@@ -166,6 +174,21 @@ def _in_chunks(
 
     value, direct = jax.value_and_grad(last_use, has_aux=True)(trainable)
     return value, jax.tree.map(jnp.add, total, direct)
+
+
+def _features(work: _Work, parts: Part) -> tuple[Outputs, dict]:
+    """The features of all chunks in `parts`, and under "vision" what a frozen tower gave."""
+    chunks, rows = jax.tree.leaves(parts)[0].shape[1:3]
+    passes = forward_passes(chunks, rows)
+    given = _cut_again(parts, passes)
+
+    def run(_: None, number: jax.Array) -> tuple[None, tuple[Outputs, dict]]:
+        part = _chunk(given, number)
+        whole = work.with_vision(part)
+        added = {name: whole[0][name] for name in whole[0].keys() - part[0].keys()}
+        return None, (work.features(whole), added)
+
+    return _joined(jax.lax.scan(run, None, jnp.arange(passes))[1])
 
 
 def _cut(tree: Any, chunks: int) -> Any:
