@@ -32,27 +32,28 @@ STAGES = {
 }
 # What a stage is set to on each topology; the rest is as in its config. Memory that is left pays
 # for fewer chunks first (each gathers the weights anew, and several need a pass for the features
-# more), then for what the backward pass need not compute again.
+# more), then for what the backward pass need not compute again and what stage 1 holds of a chunk.
 _ATTENTION, _PROJECTIONS, _DOTS = (
     {"model.remat": policy} for policy in ("attention", "projections", "dots")
 )
+_BOTH = {"held_towers": 2}
 SETTINGS: dict[str, dict[str, dict[str, int | str]]] = {
     # A 64th of a matrix of InternViT has an even number of rows, which the TPU's tiles take.
     "v5e:16x16": {
-        "stage1": {"chunks": 5, "mesh.fsdp": 64},
-        "stage1_224": {"chunks": 20},
+        "stage1": {"chunks": 5, "mesh.fsdp": 64, **_BOTH},
+        "stage1_224": {"chunks": 10, "mesh.fsdp": 64},
         "stage2": {"chunks": 4, **_ATTENTION},
         "stage3": {"chunks": 1},
     },
     "v6e:16x16": {
-        "stage1": {"chunks": 2},
+        "stage1": {"chunks": 4, **_BOTH},
         "stage2": {"chunks": 1},
         "stage3": {"chunks": 1, **_PROJECTIONS},
     },
     "v5p:4x4x4": {
         "stage1": {"chunks": 10, "mesh.fsdp": 64, **_DOTS},
         "stage2": {"chunks": 2, "mesh.fsdp": 64, **_ATTENTION},
-        "stage3": {"chunks": 4, "mesh.fsdp": 64},
+        "stage3": {"chunks": 1, "mesh.fsdp": 64, **_PROJECTIONS},
     },
     "v5p:8x8x8": {
         "stage1": {"chunks": 1, **_ATTENTION},
@@ -60,7 +61,7 @@ SETTINGS: dict[str, dict[str, dict[str, int | str]]] = {
         "stage3": {"chunks": 1, **_DOTS},
     },
     "v4:4x8x8": {
-        "stage1": {"chunks": 4},
+        "stage1": {"chunks": 4, **_BOTH},
         "stage2": {"chunks": 1},
         "stage3": {"chunks": 1, **_PROJECTIONS},
     },

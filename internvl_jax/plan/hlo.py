@@ -87,7 +87,7 @@ def parse(text: str) -> Program:
             name = header.group(2)
             computations[name] = []
             entry = name if header.group(1) else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
             finish()
             name = None
         elif name is not None and re.match(r"\s+(ROOT )?%[\w.\-]+ = ", line):

@@ -159,10 +159,17 @@ def _measure(
         parts = layers.measure(own, name, devices)
     except compiling.OutOfMemory as error:
         return dataclasses.replace(candidate, memory=max(error.needed, fixed)), fixed
-    memory = fixed + max(part.temp_gib for part in parts) * plan.GIB
+    memory = fixed + _temporaries(own, parts) * plan.GIB
     seconds = sum(part.turns * part.estimated_s for part in parts)
     found = dataclasses.replace(candidate, seconds=seconds, memory=memory, fits=memory <= limit)
     return found, fixed
+
+
+def _temporaries(config: Any, parts: Sequence[layers.Layers]) -> float:
+    """GiB of the largest part, or of the towers whose last chunks are held at the same time."""
+    gradients = sorted((p.temp_gib for p in parts if p.part == "gradient"), reverse=True)
+    together = max(1, config.held_towers) if config.chunks > 1 else 1
+    return max(max(p.temp_gib for p in parts), sum(gradients[:together]))
 
 
 def _held(config: Any, devices: Sequence[Any]) -> float:

@@ -42,6 +42,18 @@ ENTRY %main (a: bf16[1024,256]) -> bf16[1024,256] {
 """
 
 
+def test_an_attribute_may_be_broken_over_lines():
+    """The metadata that a Pallas kernel came with holds lines of its own, some with braces first."""
+    kernel = """  %k = bf16[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"blocks":"{}"
+}}, metadata={op_name="kernel"}
+  %t ="""
+    body = hlo.parse(PROGRAM.replace("  %t =", kernel)).computations["main"]
+    assert [i.name for i in body] == ["a", "k", "t", "loop", "ar", "r"]
+    assert body[1].operands == ("a",) and 'op_name="kernel"' in body[1].attributes
+
+
 def test_a_loop_multiplies_and_a_transfer_hides_behind_compute():
     read = schedule.read(PROGRAM, V5E, ROW, (4, 1))
     gather, reduce = read.collectives

@@ -36,3 +36,16 @@ def test_candidates_are_ranked_by_compiled_layers():
     assert {candidate.remat for candidate in found} >= {"full", "dots", "none"}
     assert found[0].seconds == min(candidate.seconds for candidate in found)
     assert found[0].seconds == pytest.approx(seconds, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("held", "vit", "llama"), [(0, 1, 1), (1, 1, 2), (2, 1, 1)])
+def test_features_take_the_turns_that_the_step_has(held, vit, llama):
+    """Two chunks: both in one turn; or the first alone, and for a tower not held the second too."""
+    flags = [("chunks", "2"), ("held_towers", str(held))]
+    config = configuration.load("stage1_contrastive:tiny", flags)
+    with topology.opened("v5e:2x2") as devices:
+        found = {(p.tower, p.part): p for p in layers.measure(config, "v5e:2x2", devices)}
+    assert found["vit", "features"].turns == vit
+    assert found["llama", "features"].turns == llama
+    assert found["vit", "gradient"].turns == found["llama", "gradient"].turns == 2
