@@ -359,14 +359,16 @@ def _backward_kernel(qkv_ref, gradient_ref, log_sum_ref, *refs, heads, eps, norm
     pipeline_tpu.run((normalise, score, soften, pull_back), heads)
     if not normalised:
         return
+    together = max(n for n in range(1, 6) if heads % n == 0)  # heads, for the compiler to interleave
     for part in range(2):
         radial = jnp.sum(radial_ref[part], axis=1, keepdims=True) / (heads * LANES)
         inverse = inverse_ref[part]
         away = inverse * inverse * radial
 
-        @pl.loop(0, heads)
-        def _(head, part=part, inverse=inverse, away=away):
-            columns = _lanes(head, part * heads)
-            x = qkv_ref[0, :, columns].astype(jnp.float32)
-            wide = out_ref[0, :, columns].astype(jnp.float32)
-            out_ref[0, :, columns] = (wide * inverse - x * away).astype(out_ref.dtype)
+        @pl.loop(0, heads // together)
+        def _(turn, part=part, inverse=inverse, away=away):
+            for head in range(together):
+                columns = _lanes(turn * together + head, part * heads)
+                x = qkv_ref[0, :, columns].astype(jnp.float32)
+                wide = out_ref[0, :, columns].astype(jnp.float32)
+                out_ref[0, :, columns] = (wide * inverse - x * away).astype(out_ref.dtype)
