@@ -359,7 +359,8 @@ def _backward_kernel(qkv_ref, gradient_ref, log_sum_ref, *refs, heads, eps, norm
     pipeline_tpu.run((normalise, score, soften, pull_back), heads)
     if not normalised:
         return
-    together = max(n for n in range(1, 6) if heads % n == 0)  # heads, for the compiler to interleave
+    # So many heads side by side, for the compiler to interleave.
+    together = max(n for n in range(1, 6) if heads % n == 0)
     for part in range(2):
         radial = jnp.sum(radial_ref[part], axis=1, keepdims=True) / (heads * LANES)
         inverse = inverse_ref[part]

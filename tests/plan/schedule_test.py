@@ -43,7 +43,7 @@ ENTRY %main (a: bf16[1024,256]) -> bf16[1024,256] {
 
 
 def test_an_attribute_may_be_broken_over_lines():
-    """The metadata that a Pallas kernel came with holds lines of its own, some with braces first."""
+    """The metadata that a Pallas kernel came with has lines of its own, some with braces first."""
     kernel = """  %k = bf16[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", \
 frontend_attributes={kernel_metadata={
 "blocks":"{}"
