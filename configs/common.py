@@ -51,7 +51,7 @@ def experiment() -> ConfigDict:
             batch_size=1024,  # examples per step over all devices
             chunks=1,  # parts in which a step works through the batch: less memory, same result
             # Towers whose last chunk goes forward once for features and gradient, and holds its
-            # activations until the loss is known: the first costs no memory, the second does.
+            # activations until the loss is known: a second one costs the memory of a chunk.
             held_towers=1,
             steps=1000,
             data=dict(

@@ -62,7 +62,7 @@ def value_and_grad(
     bind: parameters → model. keys: one per example. chunks: divides each device's examples.
     held_towers: how many of the groups in `objective.separate` (or all outputs together, where
       there are none) hold the activations of their last chunk until the loss is known. The first
-      goes back first, so that one costs no memory; each further one costs what it holds.
+      goes back first and holds what its next chunk will need again; a further one adds its own.
     """
 
     def model(trainable: dict) -> Any:
