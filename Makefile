@@ -9,8 +9,10 @@ READY_ALL := $(VENV)/.installed-all
 READY_CURATE := .venv-curate/.installed
 INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile \
 	--disable-pip-version-check --constraint=constraints.txt
-# A worker per core; the tests of a file share what they train, so they stay together.
-PYTEST = $(VENV)/bin/python -m pytest -q --numprocesses=auto --maxprocesses=8 --dist=loadfile
+# A worker per core; the tests of a file share what they train, so they stay together, in the order
+# of tests/conftest.py.
+PYTEST = $(VENV)/bin/python -m pytest -q --numprocesses=auto --maxprocesses=8 --dist=loadfile \
+	--no-loadscope-reorder
 
 # A machine that forbids bytecode compiles every module again in each of the many commands that the
 # tests start: ten seconds of imports instead of four.

@@ -51,7 +51,7 @@ SERVE = ["starlette>=0.46", "tokenizers>=0.21", "uvicorn>=0.34"]
 DEV = [
     "openai>=2",  # the client that the server is tested with
     "pytest>=8",
-    "pytest-xdist>=3.6",  # the tests on all cores
+    "pytest-xdist>=3.7",  # the tests on all cores
     "playwright>=1.60",  # the web page in a browser, which is Debian's chromium
     "axe-playwright-python>=0.1.8",  # its accessibility: brings axe-core
     "datasketch>=1.6",  # near-duplicate captions, tested without Beam

@@ -34,3 +34,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import jax  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "float32")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: one that came last would keep a worker busy alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
