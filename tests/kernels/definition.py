@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from internvl_jax import kernels
-from internvl_jax.kernels import blocked_tpu, short_tpu
+from internvl_jax.kernels import blocked_tpu, short_kernels_tpu, short_tpu
 from internvl_jax.kernels.attention import IMPLEMENTATIONS
 
 QUERIES = 4
@@ -140,5 +140,5 @@ def suite(implementation, mask, queries, keys, dtype=jnp.float32, dim=64, **size
 def cut(monkeypatch) -> None:
     """Several blocks or tiles of 128 for 150 positions, the last hanging over."""
     monkeypatch.setattr(blocked_tpu, "BLOCK", 128)
-    monkeypatch.setattr(short_tpu, "UNTILED", 64)
-    monkeypatch.setattr(short_tpu, "TILES", (128,))
+    monkeypatch.setattr(short_kernels_tpu, "UNTILED", 64)
+    monkeypatch.setattr(short_kernels_tpu, "TILES", (128,))
