@@ -51,7 +51,7 @@ SETTINGS: dict[str, dict[str, dict[str, int | str]]] = {
         "stage3": {"chunks": 1, **_PROJECTIONS},
     },
     "v5p:4x4x4": {
-        "stage1": {"chunks": 10, "mesh.fsdp": 64, **_DOTS},
+        "stage1": {"chunks": 10, "mesh.fsdp": 32, **_DOTS},
         "stage2": {"chunks": 2, "mesh.fsdp": 64, **_ATTENTION},
         "stage3": {"chunks": 1, "mesh.fsdp": 64, **_PROJECTIONS},
     },
