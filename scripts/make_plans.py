@@ -46,7 +46,7 @@ SETTINGS: dict[str, dict[str, dict[str, int | str]]] = {
         "stage3": {"chunks": 1},
     },
     "v6e:16x16": {
-        "stage1": {"chunks": 4, **_BOTH},
+        "stage1": {"chunks": 4, "mesh.fsdp": 64, **_BOTH},
         "stage2": {"chunks": 1},
         "stage3": {"chunks": 1, **_PROJECTIONS},
     },
