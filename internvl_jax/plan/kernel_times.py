@@ -1,8 +1,8 @@
 """Cycles of a program's Pallas kernels, each distinct one compiled alone with its schedule written.
 
-Within its program a kernel may be scheduled differently, by a few per cent.
 The compiler writes schedules only for a whole process and then of every fusion, which doubles the
 time that a large program takes. A process of its own compiles nothing but the kernels, in seconds.
+Within the program a kernel may be scheduled differently, by a few per cent.
 """
 
 import functools
