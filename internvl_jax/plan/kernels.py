@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _EXIT = re.compile(r"%(\w+) = [^;%]*totalorder\s+%\S+,\s+(\d+)\s+/\* loop exit test \*/")
-_STAGE = re.compile(r"/\* iteration index, stage = (\d+)")
+_STAGED = re.compile(r"iteration index, stage = \d")
+_ONLY_MOVING = 2  # turns of a loop over a grid: the first brings data, the last takes it away
 _BACK = re.compile(r"sbr\.rel \(!%(\w+)\)")
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s")
 _CALL = re.compile(r'%([\w.\-]+) = [^\n]*?custom_call_target="tpu_custom_call"')
@@ -90,10 +91,10 @@ def issue_cycles(schedule: str) -> int:
 
     A loop begins at its label and ends with the region from which the branch on its exit test
     goes back: instructions of its surroundings may stand in between, where a slot was free. The
-    loop over the grid makes a turn more for each stage of its pipeline after the first, in which it
-    moves data and passes over the kernel; those are not counted.
+    loop over the grid makes two turns more than that has steps, in which it moves data and passes
+    over the kernel; those are not counted.
     """
-    count, begun, stages = 0, [], 0
+    count, begun, extra = 0, [], 0
     tests: dict[str, int] = {}  # predicate of an exit test → trips
     ending: list[int] = []  # trips of a loop that went back
     loops = []  # first bundle, last bundle, trips
@@ -103,12 +104,12 @@ def issue_cycles(schedule: str) -> int:
             if "LB:" in line.partition("{")[0]:
                 begun.append(count)
         tests |= {predicate: int(trips) for predicate, trips in _EXIT.findall(line)}
-        stages = max(stages, *map(int, _STAGE.findall(line)), 0)
+        extra = _ONLY_MOVING if _STAGED.search(line) else extra
         ending += [tests[predicate] for predicate in _BACK.findall(line) if predicate in tests]
         if ending and "End region" in line:  # after the slots that issue before the branch is taken
             # The loop over the grid may begin with the kernel, without a label.
             first = begun.pop() if begun else 1
-            loops.append((first, count, ending.pop() - (0 if begun else stages)))
+            loops.append((first, count, ending.pop() - (0 if begun else extra)))
     weights = [1] * (count + 1)
     for first, last, trips in loops:
         for i in range(first, last + 1):

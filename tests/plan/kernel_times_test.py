@@ -1,4 +1,4 @@
-"""A kernel compiled alone takes about the cycles that it takes within its program."""
+"""A kernel compiled alone takes the cycles that it takes within its program."""
 
 import json
 import os
@@ -37,7 +37,7 @@ with topology.opened("v5e:2x2") as devices:
 
 
 @pytest.mark.slow
-def test_a_kernel_alone_takes_about_the_same_cycles():
+def test_a_kernel_alone_takes_the_same_cycles():
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         capture_output=True,
@@ -47,9 +47,8 @@ def test_a_kernel_alone_takes_about_the_same_cycles():
     assert done.returncode == 0, done.stderr
     within, alone = json.loads(done.stdout.splitlines()[-1])
     assert len(within) == 2, "the forward and the backward"
-    # Within the program an operand may lie in vector memory already, and the compiler schedules
-    # what reads it otherwise: by 3.7 % in this forward, by 3 % in that of 257 tokens x 32.
-    assert alone == pytest.approx(within, rel=0.05)
+    # Where operands lie differs, which changes a few address computations.
+    assert alone == pytest.approx(within, rel=0.01)
 
 
 def test_a_program_without_kernels_starts_no_compiler():

@@ -23,7 +23,7 @@ def test_loops_multiply_what_stands_in_them():
 
 
 def test_turns_that_only_move_data_do_not_count():
-    index = "{ %c = sadd -1 /* iteration index, stage = 2 */ }"
+    index = "{ %c = sphi %c, %d /* phi copy :: iteration index, stage = 0 */ }"
     pipelined = SCHEDULE.replace("{ %c = vadd }", index)
     assert kernels.issue_cycles(pipelined) == 2 + (5 - 2) * (3 + 3 * 3) + 1
 
