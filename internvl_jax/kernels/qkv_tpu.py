@@ -25,15 +25,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from internvl_jax.kernels import pipeline_tpu
+from internvl_jax.kernels.products_tpu import COLUMNS_BY_ROWS, PLAIN, ROWS_BY_ROWS, dot
 
 LANES = 128
 LONGEST = 385
 MOST_HEADS = LANES - 2  # a lane each, and two for the statistics of QK-normalisation
 MEGABYTE = 2**20
-
-_PLAIN = (((1,), (0,)), ((), ()))
-_ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # [T, D] · [S, D] → [T, S]
-_COLUMNS_BY_ROWS = (((0,), (0,)), ((), ()))  # [S, T] · [S, D] → [T, D]
 
 
 def supports(qkv: jax.Array, num_heads: int) -> str | None:
@@ -185,14 +182,6 @@ def _main(length: int) -> int:
     return length - 1 if length > 1 and length % LANES == 1 else length
 
 
-def _dot(a: jax.Array, b: jax.Array, dimensions: tuple) -> jax.Array:
-    exact = a.dtype == jnp.float32
-    return jax.lax.dot_general(
-        a, b, dimensions, preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
-    )  # fmt: skip
-
-
 def _lanes(head: jax.Array | int, first: int = 0):
     """The columns of a head, `first` heads into the array."""
     return pl.ds(pl.multiple_of((head + first) * LANES, LANES), LANES)
@@ -230,7 +219,7 @@ def _forward_kernel(qkv_ref, *refs, heads, eps, normalised):
             ref[slot] = _normalised(qkv_ref, weight_ref, inverse, part, head, heads)[1]
 
     def score(head, slot):
-        scores_ref[slot] = _dot(query_ref[slot], key_ref[slot, :main], _ROWS_BY_ROWS)  # [T, S]
+        scores_ref[slot] = dot(query_ref[slot], key_ref[slot, :main], ROWS_BY_ROWS)  # [T, S]
 
     def mix(head, slot):
         scores = scores_ref[slot]
@@ -241,7 +230,7 @@ def _forward_kernel(qkv_ref, *refs, heads, eps, normalised):
         weights = jnp.exp2((scores - top) * to_base_2)
         total = jnp.sum(weights, axis=1, keepdims=True)
         value = qkv_ref[0, :, _lanes(head, 2 * heads)]
-        mixed = _dot(weights.astype(value.dtype), value[:main], _PLAIN)
+        mixed = dot(weights.astype(value.dtype), value[:main], PLAIN)
         if main < length:
             weight = jnp.exp2((last - top) * to_base_2)
             total += weight
@@ -301,8 +290,8 @@ def _backward_kernel(qkv_ref, gradient_ref, log_sum_ref, *refs, heads, eps, norm
 
     def score(head, slot):
         value, gradient = value_and_gradient(head)
-        scores_ref[slot] = _dot(key_ref[slot], query_ref[slot, :main], _ROWS_BY_ROWS)  # [S, T]
-        pull_ref[slot] = _dot(value, gradient[:main], _ROWS_BY_ROWS)
+        scores_ref[slot] = dot(key_ref[slot], query_ref[slot, :main], ROWS_BY_ROWS)  # [S, T]
+        pull_ref[slot] = dot(value, gradient[:main], ROWS_BY_ROWS)
 
     def soften(head, slot):
         log_sum = log_sums_ref[pl.ds(head, 1), :]
@@ -325,15 +314,15 @@ def _backward_kernel(qkv_ref, gradient_ref, log_sum_ref, *refs, heads, eps, norm
             pull = _row_products(value, last_gradient)
             mean = jnp.sum(last_weights * pull, axis=0, keepdims=True)
             last_push = last_weights * (pull - mean)
-        value_gradient = _dot(weights_ref[slot], gradient[:main], _PLAIN)
+        value_gradient = dot(weights_ref[slot], gradient[:main], PLAIN)
         if main < length:
             value_gradient += last_weights * last_gradient
         out_ref[0, :, _lanes(head, 2 * heads)] = value_gradient.astype(out_ref.dtype)
-        key_gradient = _dot(push, query[:main], _PLAIN)
+        key_gradient = dot(push, query[:main], PLAIN)
         if main < length:
             key_gradient += last_push * last_query
         through_norm(head, slot, 1, [(slice(0, length), key_gradient)])
-        query_gradient = [(slice(0, main), _dot(push, key, _COLUMNS_BY_ROWS))]
+        query_gradient = [(slice(0, main), dot(push, key, COLUMNS_BY_ROWS))]
         if main < length:
             last = jnp.sum(last_push * key.astype(jnp.float32), axis=0, keepdims=True)
             query_gradient.append((slice(main, length), last))

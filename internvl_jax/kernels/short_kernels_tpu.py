@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from internvl_jax.kernels import pipeline_tpu, vmem
 from internvl_jax.kernels.masks import QUERY, ROW, Mask
+from internvl_jax.kernels.products_tpu import COLUMNS_BY_ROWS, PLAIN, ROWS_BY_ROWS, dot
 
 LANES = 128
 UNTILED = 384  # queries that are handled at once; more of them come in tiles
@@ -28,10 +29,6 @@ CHUNK = 64  # keys that the vector unit handles at once
 HIDDEN = -2e30  # added to the score of a pair that the mask hides
 FLOOR = -1e30  # least maximum: above HIDDEN, so that a hidden pair weighs nothing
 STAGES = 3
-
-_PLAIN = (((1,), (0,)), ((), ()))
-_ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # [S, D] · [T, D] → [S, T]
-_COLUMNS_BY_ROWS = (((0,), (0,)), ((), ()))  # [S, T] · [S, D] → [T, D]
 
 
 @dataclass(frozen=True)
@@ -149,14 +146,6 @@ def _tile(sizes: Sizes, ref, item: _Item) -> jax.Array:
     return jnp.where(row < item.left, x, jnp.zeros_like(x))
 
 
-def _dot(a: jax.Array, b: jax.Array, dimensions: tuple) -> jax.Array:
-    exact = a.dtype == jnp.float32
-    return jax.lax.dot_general(
-        a, b, dimensions, preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
-    )  # fmt: skip
-
-
 def _column(row: jax.Array) -> jax.Array:
     """[8, n], all rows the same → [n, 1]."""
     return row.T[:, :1]
@@ -217,7 +206,7 @@ def forward_kernel(sizes: Sizes, mask: Mask, *refs):
     def score(index, slot):
         item = _Item(sizes, index)
         query = _tile(sizes, query_ref, item)
-        scores_ref[slot] = _dot(key_ref[:, item.key_lanes], query, _ROWS_BY_ROWS)  # [S, T]
+        scores_ref[slot] = dot(key_ref[:, item.key_lanes], query, ROWS_BY_ROWS)  # [S, T]
 
     def soften(index, slot):
         item = _Item(sizes, index)
@@ -237,7 +226,7 @@ def forward_kernel(sizes: Sizes, mask: Mask, *refs):
     def mix(index, slot):
         item = _Item(sizes, index)
         weights = _unpack(sizes, weights_ref, slot)
-        mixed = _dot(weights, value_ref[:, item.key_lanes], _COLUMNS_BY_ROWS)
+        mixed = dot(weights, value_ref[:, item.key_lanes], COLUMNS_BY_ROWS)
         out_ref[item.rows, item.lanes] = (mixed * _column(total_ref[slot])).astype(out_ref.dtype)
 
     pipeline_tpu.run((score, soften, mix), sizes.group * sizes.repeat * sizes.tiles)
@@ -254,8 +243,8 @@ def backward_kernel(sizes: Sizes, mask: Mask, *refs):
     def score(index, slot):
         item = _Item(sizes, index)
         query, gradient = (_tile(sizes, ref, item) for ref in (query_ref, gradient_ref))
-        scores_ref[slot] = _dot(key_ref[:, item.key_lanes], query, _ROWS_BY_ROWS)  # [S, T]
-        pull_ref[slot] = _dot(value_ref[:, item.key_lanes], gradient, _ROWS_BY_ROWS)
+        scores_ref[slot] = dot(key_ref[:, item.key_lanes], query, ROWS_BY_ROWS)  # [S, T]
+        pull_ref[slot] = dot(value_ref[:, item.key_lanes], gradient, ROWS_BY_ROWS)
 
     def soften(index, slot):
         item = _Item(sizes, index)
@@ -279,12 +268,12 @@ def backward_kernel(sizes: Sizes, mask: Mask, *refs):
             (to_key_ref, push, query, sizes.scale),
         )
         for part, (ref, weights, rows, scale) in enumerate(to_keys):
-            piece = _dot(weights, rows, _PLAIN)
+            piece = dot(weights, rows, PLAIN)
             if summed(sizes):
                 piece += jnp.where(item.first, 0.0, summed_ref[part])
                 summed_ref[part] = piece
             ref[:, item.key_lanes] = (piece * scale).astype(ref.dtype)
-        to_query = _dot(push, key_ref[:, item.key_lanes], _COLUMNS_BY_ROWS)
+        to_query = dot(push, key_ref[:, item.key_lanes], COLUMNS_BY_ROWS)
         to_query_ref[item.rows, item.lanes] = (to_query * sizes.scale).astype(to_query_ref.dtype)
 
     pipeline_tpu.run((score, soften, pull_back), sizes.group * sizes.repeat * sizes.tiles)
