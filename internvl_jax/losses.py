@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from internvl_jax import ring as rings
-from internvl_jax.sharding import replicate, spec
+from internvl_jax.sharding import laid_positions, replicate, spec
 
 IGNORE = -100
 _LANES = 128  # columns that a TPU register holds; slices of the vocabulary are multiples of it
@@ -90,7 +90,7 @@ def vocabulary_slices(
     Args:
         hidden: [B, T, W].
         kernel: [W, V], sharded on its width at most.
-        labels: int [B, T], a token or −100.
+        labels: int [B, T], a token or −100; laid over the mesh like `hidden`.
         slices: in how many parts the vocabulary is cut.
 
     Returns:
@@ -101,7 +101,7 @@ def vocabulary_slices(
     slices = -(-vocabulary // size)
     kernel = jnp.pad(kernel.astype(hidden.dtype), ((0, 0), (0, slices * size - vocabulary)))
     kernels = kernel.reshape(width, slices, size).transpose(1, 0, 2)
-    dtype, out = hidden.dtype, spec("batch", None, None)
+    dtype, out = hidden.dtype, spec("batch", laid_positions(hidden), None)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(hidden: jax.Array, kernel: jax.Array, start: jax.Array) -> tuple[jax.Array, ...]:

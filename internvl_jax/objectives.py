@@ -16,7 +16,7 @@ import numpy as np
 from internvl_jax import losses
 from internvl_jax.kernels import ITC, ITG, ITM, Keys, Middleware
 from internvl_jax.models.chat import IMAGE_TOKEN
-from internvl_jax.sharding import replicate, spec
+from internvl_jax.sharding import positions_axis, replicate, reshard, spec
 
 Batch = Mapping[str, jax.Array]
 Outputs = dict[str, jax.Array]
@@ -74,11 +74,17 @@ def _next_tokens(
     llama: Any, hidden: jax.Array, labels: jax.Array, slices: int
 ) -> tuple[jax.Array, jax.Array]:
     """Surprise and hits of the states at t [B, T, W] about the labels at t + 1: [B, T − 1]."""
-    labels = labels[:, 1:]
+    labels = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=losses.IGNORE)
+    positions = positions_axis(labels.shape[1])  # each device takes its own to the vocabulary
+    hidden = reshard(hidden, "batch", positions, None)
+    labels = reshard(labels, "batch", positions)
     if slices > 1:
-        return losses.vocabulary_slices(hidden[:, :-1], llama.head_kernel(), labels, slices)
-    logits = llama.logits(hidden)[:, :-1]
-    return losses.surprise(logits, labels), losses.hits(logits, labels)
+        found = losses.vocabulary_slices(hidden, llama.head_kernel(), labels, slices)
+    else:
+        logits = llama.logits(hidden)
+        found = losses.surprise(logits, labels), losses.hits(logits, labels)
+    nll, hit = (reshard(x, "batch", None)[:, :-1] for x in found)
+    return nll, hit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",  # query heads × head_dim of the language side
     "kv_heads": "tensor",  # key/value heads × head_dim
     "mlp": "tensor",
+    "positions": "tensor",  # of the residual stream, between products that `tensor` shares
 }
 
 
@@ -121,6 +122,24 @@ def spec(*logical: str | None) -> P | None:
     if jax.sharding.get_abstract_mesh().empty:
         return None
     return P(*(physical(name) for name in logical))
+
+
+def positions_axis(length: int) -> str | None:
+    """The logical name of the positions of a residual stream [B, length, W] of the language side.
+
+    "positions" where they divide over `tensor`, so that its devices share what lies between two
+    products (norms, sums, what is kept for the backward pass) instead of all doing it whole
+    (sequence parallelism, Korthikanti et al. 2022, §4.2.2); else None.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    size = 1 if mesh.empty else axis_size(mesh, "positions")
+    return "positions" if size > 1 and length % size == 0 else None
+
+
+def laid_positions(x: jax.Array) -> str | None:
+    """The logical name by which the positions of x [B, T, …] lie on the mesh."""
+    name = physical("positions")
+    return "positions" if jax.typeof(x).sharding.spec[1] == name else None
 
 
 def replicate(array: jax.Array) -> jax.Array:

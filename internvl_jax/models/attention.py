@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from internvl_jax import kernels
 from internvl_jax.kernels import Mask
 from internvl_jax.models.config import LlamaConfig, ViTConfig
-from internvl_jax.models.layers import LayerNorm, Linear, RMSNorm
+from internvl_jax.models.layers import LayerNorm, Linear, RMSNorm, together
 from internvl_jax.models.rope import Tables, rotate
 from internvl_jax.sharding import spec
 
@@ -80,7 +80,7 @@ class LlamaAttention(nnx.Module):
         self, x: jax.Array, tables: Tables
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, T, H, D], rotated keys and values [B, T, K, D]."""
-        query, key, value = self.q(x, "heads"), self.k(x, "kv_heads"), self.v(x, "kv_heads")
+        query, key, value = together(x, (self.q, self.k, self.v), "heads")
         query, key, value = (checkpoint_name(a, "qkv") for a in (query, key, value))
         query = split_heads(query, self.heads, "heads")
         key, value = (split_heads(a, self.kv_heads, "kv_heads") for a in (key, value))
@@ -88,10 +88,17 @@ class LlamaAttention(nnx.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         return rotate(query, tables), rotate(key, tables), value
 
-    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> jax.Array:
-        """Attention and output projection: [B, T, W]."""
+    def attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: Mask,
+        positions: str | None = None,
+    ) -> jax.Array:
+        """Attention and output projection: [B, T, W], its positions laid as their name says."""
         mixed = merge_heads(kernels.attention(query, key, value, mask=mask), "heads")
-        return self.o(mixed)
+        return self.o(mixed, positions=positions)
 
 
 class CrossAttention(nnx.Module):
@@ -119,7 +126,9 @@ class CrossAttention(nnx.Module):
         vision = self.norm2(vision.astype(x.dtype))
         query = checkpoint_name(self.q(self.norm1(x), "heads"), "qkv")
         query = split_heads(query, self.heads, "heads")
-        key, value = (checkpoint_name(w(vision, "heads"), "qkv") for w in (self.k, self.v))
+        key, value = (
+            checkpoint_name(a, "qkv") for a in together(vision, (self.k, self.v), "heads")
+        )
         key, value = (split_heads(a, self.heads, "heads") for a in (key, value))
         return query, key, value
 

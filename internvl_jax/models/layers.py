@@ -7,6 +7,7 @@ array already sharded. Under `jax.vmap` over keys the same constructors build st
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from internvl_jax.models.int8 import Int8
-from internvl_jax.models.product import product
-from internvl_jax.sharding import replicate, spec
+from internvl_jax.models.product import product, products
+from internvl_jax.sharding import laid_positions, replicate, spec
 
 # Of token, position, class and query embeddings. They share the residual stream with branches that
 # start near unit variance; much smaller ones would be drowned by the first block (the release's
@@ -55,18 +56,33 @@ class Linear(nnx.Module):
         self.bias = constant(0.0, (outputs,)) if bias else None
 
     def __call__(
-        self, x: jax.Array, out_axis: str | None = None, *, scale: jax.Array | None = None
+        self,
+        x: jax.Array,
+        out_axis: str | None = None,
+        *,
+        scale: jax.Array | None = None,
+        positions: str | None = None,
     ) -> jax.Array:
         """[B, …, in] → [B, …, out]; `out_axis` names how the result's last axis is sharded.
 
         scale: [out], multiplies the result. It is multiplied into the weights, so that the gradient
         of the scale does not need the result without it.
+        positions: see `product`.
         """
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
         if scale is not None:
             kernel, bias = kernel * scale, None if bias is None else bias * scale
-        y = product(x, kernel, self.axes, out_axis)
+        y = product(x, kernel, self.axes, out_axis, positions=positions)
         return y if bias is None else y + bias.astype(x.dtype)
+
+
+def together(x: jax.Array, layers: Sequence[Linear], out_axis: str | None) -> list[jax.Array]:
+    """[layer(x, out_axis) for each], for layers whose kernels lie alike (`products`)."""
+    found = products(x, [layer.kernel[...] for layer in layers], layers[0].axes, out_axis)
+    return [
+        y if layer.bias is None else y + layer.bias[...].astype(x.dtype)
+        for y, layer in zip(found, layers, strict=True)
+    ]
 
 
 class RMSNorm(nnx.Module):
@@ -152,9 +168,10 @@ class SwiGlu(nnx.Module):
         self.down = Linear(hidden, width, down, axes=("mlp", "embed"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = jax.nn.silu(self.gate(x, "mlp")) * self.up(x, "mlp")
+        gate, up = together(x, (self.gate, self.up), "mlp")
+        hidden = jax.nn.silu(gate) * up
         # Written out once: a compiler that fuses it into products computes it again in each.
-        return self.down(jax.lax.optimization_barrier(hidden))
+        return self.down(jax.lax.optimization_barrier(hidden), positions=laid_positions(x))
 
 
 def split_each(keys: jax.Array, count: int) -> jax.Array:
@@ -188,7 +205,7 @@ def stack(build: Any, depth: int, key: jax.Array) -> Any:
 
 
 # What a layer keeps for its backward pass, from the least memory to the least recomputation. The
-# names are those of `checkpoint_name` in `attention.py` and the kernels.
+# names are those of `checkpoint_name` in `attention.py`, `product.py` and the kernels.
 _policies = jax.checkpoint_policies
 _keep = _policies.save_only_these_names
 REMAT_POLICIES = {
@@ -196,7 +213,7 @@ REMAT_POLICIES = {
     "attention": _keep("attention"),
     "projections": _keep("attention", "qkv"),
     "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _keep("attention")
+        _policies.dots_with_no_batch_dims_saveable, _keep("attention", "sum")
     ),
     "none": None,
 }

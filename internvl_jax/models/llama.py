@@ -18,7 +18,7 @@ from internvl_jax.models.int8 import Int8
 from internvl_jax.models.layers import Embed, Linear, RMSNorm, SwiGlu, remat, stack
 from internvl_jax.models.product import product
 from internvl_jax.models.rope import Tables
-from internvl_jax.sharding import spec
+from internvl_jax.sharding import laid_positions, positions_axis, reshard, spec
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +73,8 @@ class Block(nnx.Module):
         """Residual self-attention; also the keys and values it used."""
         with jax.named_scope("attention"):
             query, key, value = self.attn.project(self.norm1(x), tables)
-            return x + self.attn.attend(query, key, value, mask), key, value
+            update = self.attn.attend(query, key, value, mask, laid_positions(x))
+            return x + update, key, value
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
         """Residual MLP."""
@@ -133,7 +134,7 @@ class Llama(nnx.Module):
         if isinstance(kernel, Int8):
             return product(hidden, kernel, ("embed", None)).astype(jnp.float32)
         kernel = kernel.astype(hidden.dtype)
-        out = spec("batch", None, None)
+        out = spec("batch", laid_positions(hidden), None)
         return jnp.einsum("btd,dv->btv", hidden, kernel, out_sharding=out).astype(jnp.float32)
 
     def __call__(
@@ -171,11 +172,13 @@ class Llama(nnx.Module):
 
         config = self.config
         embedded = x
+        x = reshard(x, "batch", positions_axis(x.shape[1]), None)
         x, (keys, values, outputs) = jax.lax.scan(
             remat(body, config.remat), x, self.blocks, unroll=min(config.unroll, config.depth)
         )
-        hidden = self.norm(x)
+        hidden = reshard(self.norm(x), "batch", None, None)
         if states:
+            outputs = reshard(outputs, None, "batch", None, None)
             outputs = jnp.concatenate([embedded[None], outputs[:-1], hidden[None]])
         return hidden, keys, values, outputs
 

@@ -7,13 +7,15 @@ and 9,600 / 128 = 75 rows do not fill the TPU's tiles of 8 × 128.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from internvl_jax.models.int8 import Int8
-from internvl_jax.sharding import physical, platform, reshard, spec
+from internvl_jax.sharding import laid_positions, physical, platform, reshard, spec
 
 _ROWS = 8  # of a tile
 # Asked to scatter over so many devices that are a whole pod (v5e:8x8, v5p:4x4x4; v5e:16x16,
@@ -23,32 +25,61 @@ _SCATTERED = {64: (16, 4), 256: (16, 16)}
 _GATHERED = {64: (16, 4)}
 
 
+Axes = tuple[str | None, str | None]
+
+
 def product(
     x: jax.Array,
     kernel: jax.Array | Int8,
-    axes: tuple[str | None, str | None] = (None, None),
+    axes: Axes = (None, None),
     out_axis: str | None = None,
+    *,
+    positions: str | None = None,
 ) -> jax.Array:
     """x [B, …, in] · kernel [in, out] in the dtype of x.
 
     axes: logical names of the kernel's axes; out_axis: of the result's last axis. The last axis of
     `x` is sharded as the kernel's first one is, except over `fsdp`.
+    positions: "positions" scatters the second axis of a result that is summed over `tensor`.
     """
-    if isinstance(kernel, Int8):
-        y = product(x, kernel.values, axes, out_axis)
-        return (y * reshard(kernel.scale[0], out_axis)).astype(x.dtype)
+    return products(x, (kernel,), axes, out_axis, positions=positions)[0]
+
+
+def products(
+    x: jax.Array,
+    kernels: Sequence[jax.Array | Int8],
+    axes: Axes = (None, None),
+    out_axis: str | None = None,
+    *,
+    positions: str | None = None,
+) -> list[jax.Array]:
+    """`product` of one `x` with several kernels, whose axes lie alike.
+
+    Where `tensor` shares their columns, `x` may be spread over its second axis: it is gathered once
+    for all, and of its gradients one sum is scattered.
+    """
+    if isinstance(kernels[0], Int8):
+        values = [kernel.values for kernel in kernels]
+        whole = products(x, values, axes, out_axis, positions=positions)
+        scales = [reshard(kernel.scale[0], out_axis) for kernel in kernels]
+        return [(y * s).astype(x.dtype) for y, s in zip(whole, scales, strict=True)]
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1:
+    if mesh.empty or mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
         out = spec("batch", *(None,) * (x.ndim - 2), out_axis)
-        whole = _on_one_cpu if platform() == "cpu" and mesh.size <= 1 else _whole
-        return whole(x, kernel.astype(x.dtype), out)
+        one = _on_one_cpu if platform() == "cpu" and mesh.size <= 1 else _whole
+        return [one(x, kernel.astype(x.dtype), out) for kernel in kernels]
     inner = None if physical(axes[0]) == "fsdp" else axes[0]
-    nones = (None,) * (x.ndim - 2)
+    nones = (None,) * (x.ndim - 3)
+    spread = laid_positions(x) if x.ndim > 2 else None
+    second = [() if x.ndim == 2 else (name,) for name in (spread, positions)]
+    local = functools.partial(
+        _local, axes=tuple(map(physical, axes)), gather=spread, scatter=positions
+    )
     return jax.shard_map(
-        functools.partial(_local, axes=tuple(physical(axis) for axis in axes)),
-        in_specs=(spec("batch", *nones, inner), spec(*axes)),
-        out_specs=spec("batch", *nones, out_axis),
-    )(x, kernel)
+        local,
+        in_specs=(spec("batch", *second[0], *nones, inner), [spec(*axes)] * len(kernels)),
+        out_specs=[spec("batch", *second[1], *nones, out_axis)] * len(kernels),
+    )(x, list(kernels))
 
 
 def _whole(x: jax.Array, kernel: jax.Array, out: PartitionSpec | None) -> jax.Array:
@@ -81,18 +112,34 @@ _on_one_cpu.defvjp(
 )
 
 
-def _local(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
+def _local(
+    x: jax.Array, kernels: list[jax.Array], axes: Axes, gather: str | None, scatter: str | None
+) -> list[jax.Array]:
+    if gather:
+        x = jax.lax.all_gather(x, "tensor", axis=1, tiled=True)
+    elif axes[1] == "tensor":
+        x = jax.lax.pcast(x, "tensor", to="varying")  # here, so that its gradients are summed once
+    parts = [_part(x, kernel, axes) for kernel in kernels]
+    if axes[0] != "tensor":
+        return parts
+    if scatter:
+        sums = [jax.lax.psum_scatter(y, "tensor", scatter_dimension=1, tiled=True) for y in parts]
+    else:
+        sums = [jax.lax.psum(y, "tensor") for y in parts]
+    return [checkpoint_name(y, "sum") for y in sums]
+
+
+def _part(x: jax.Array, kernel: jax.Array, axes: Axes) -> jax.Array:
+    """What this device adds to, or holds of, the product."""
     if kernel.dtype != jnp.int8:  # which travels as it is
         kernel = kernel.astype(x.dtype)
     if "fsdp" in axes:
         # Each replica has its own gradient until it is scattered; then their small parts are added.
         kernel = jax.lax.pcast(kernel, "replica", to="varying")
     if axes[1] == "fsdp":
-        y = jnp.einsum("b...d,fd->b...f", x, gather_rows(kernel.T).astype(x.dtype))
-    else:
-        kernel = gather_rows(kernel) if axes[0] == "fsdp" else kernel
-        y = jnp.einsum("b...d,df->b...f", x, kernel.astype(x.dtype))
-    return jax.lax.psum(y, "tensor") if axes[0] == "tensor" else y
+        return jnp.einsum("b...d,fd->b...f", x, gather_rows(kernel.T).astype(x.dtype))
+    kernel = gather_rows(kernel) if axes[0] == "fsdp" else kernel
+    return jnp.einsum("b...d,df->b...f", x, kernel.astype(x.dtype))
 
 
 @jax.custom_vjp
