@@ -142,8 +142,14 @@ def rows(x):
 def vit(path, x, w):
     """InternViT's sublayer on [B, T, W]."""
     qkv, norms = rms_norm(x, w["norm"]) @ w["qkv"], (w["query_norm"], w["key_norm"])
-    if path == "own":
-        mixed = kernels.attention_qkv(qkv, num_heads=VIT // DIM, qk_norm=norms, eps=EPS)
+    if path in ("own", "xla"):
+        mixed = kernels.attention_qkv(
+            qkv,
+            num_heads=VIT // DIM,
+            qk_norm=norms,
+            eps=EPS,
+            implementation=None if path == "own" else path,
+        )
     else:
         query, key, value = jnp.split(qkv, 3, axis=-1)
         query, key = (rms_norm(*pair) for pair in zip((query, key), norms, strict=True))

@@ -74,7 +74,7 @@ def attention(
             f"{query.shape[2]} query heads do not divide over {key.shape[2]} key heads"
         )
     if implementation is None:
-        chosen = _choose(query, key, value, mask)
+        chosen = choose(query, key, value, mask)
     else:
         chosen = implementation
         if chosen not in IMPLEMENTATIONS:
@@ -88,7 +88,7 @@ def attention(
     return mixed if chosen == "pallas_tpu" else checkpoint_name(mixed, "attention")
 
 
-def _choose(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> str:
+def choose(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> str:
     """The first implementation of this platform whose guard accepts; says so once."""
     here, reasons = platform(), []
     for name, entry in IMPLEMENTATIONS.items():

@@ -9,8 +9,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from internvl_jax.kernels import qkv_tpu
-from internvl_jax.kernels.attention import attention
+from internvl_jax.kernels import qkv_tpu, qkv_xla
+from internvl_jax.kernels.attention import attention, choose
 from internvl_jax.kernels.masks import Full, Mask
 from internvl_jax.sharding import platform, spec
 
@@ -64,7 +64,8 @@ def attention_qkv(
         if implementation is None and platform() == "tpu":
             _say_once(chosen, platform(), qkv.shape[1:], reason)
         if chosen == "pallas_tpu" and (implementation or platform() == "tpu"):
-            return _kernel(qkv, num_heads, qk_norm, eps)
+            kernel = functools.partial(qkv_tpu.attention, interpret=platform() != "tpu")
+            return _on_each_device(kernel, qkv, num_heads, qk_norm, eps)
     return _composed(qkv, num_heads, qk_norm, eps, mask, implementation)
 
 
@@ -74,13 +75,7 @@ def _refusal(qkv: jax.Array, num_heads: int, mask: Mask) -> str | None:
         return f"Pallas TPU kernels do not run on {platform()}"
     if not isinstance(mask, Full):
         return f"the kernel has no mask {type(mask).__name__}"
-    mesh = jax.sharding.get_abstract_mesh()
-    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
-        if kind == AxisType.Auto and mesh.shape[name] > 1:
-            return f"mesh axis {name!r} is automatic; kernels need explicit or manual axes"
-    if any(_spec(qkv)[1:]):
-        return f"positions or columns are sharded: {_spec(qkv)}"
-    reason = qkv_tpu.supports(qkv, num_heads)
+    reason = _spread(qkv) or qkv_tpu.supports(qkv, num_heads)
     if reason is None and platform() == "tpu":
         wanted, there = qkv_tpu.memory(qkv), pltpu.get_tpu_info().vmem_capacity_bytes
         if wanted > there:
@@ -89,6 +84,17 @@ def _refusal(qkv: jax.Array, num_heads: int, mask: Mask) -> str | None:
                 f"core's memory, which has {there >> 20}"
             )
     return reason
+
+
+def _spread(qkv: jax.Array) -> str | None:
+    """Why devices cannot each compute their own rows; None where they can."""
+    mesh = jax.sharding.get_abstract_mesh()
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        if kind == AxisType.Auto and mesh.shape[name] > 1:
+            return f"mesh axis {name!r} is automatic; kernels need explicit or manual axes"
+    if any(_spec(qkv)[1:]):
+        return f"positions or columns are sharded: {_spec(qkv)}"
+    return None
 
 
 def _spec(array: jax.Array) -> tuple:
@@ -101,11 +107,11 @@ def _say_once(name: str, where: str, shape: tuple[int, ...], reason: str | None)
     log.info("fused attention on %s, %s × %s: %s%s", where, *shape, name, because)
 
 
-def _kernel(qkv, num_heads, qk_norm, eps):
+def _on_each_device(attend, qkv, num_heads, qk_norm, eps):
+    """`attend` on the rows that each device has."""
+
     def local(qkv, qk_norm):
-        return qkv_tpu.attention(
-            qkv, num_heads=num_heads, qk_norm=qk_norm, eps=eps, interpret=platform() != "tpu"
-        )
+        return attend(qkv, num_heads=num_heads, qk_norm=qk_norm, eps=eps)
 
     mesh = jax.sharding.get_abstract_mesh()
     axes = {n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -125,14 +131,22 @@ def _kernel(qkv, num_heads, qk_norm, eps):
 
 def _composed(qkv, num_heads, qk_norm, eps, mask, implementation):
     parts = list(jnp.split(qkv, 3, axis=-1))
+    chosen = implementation or choose(*_heads(parts, num_heads), mask)
+    whole = isinstance(mask, Full) and _spread(qkv) is None  # rows, which see all of themselves
+    if chosen == "xla" and platform() == "tpu" and whole and qkv_xla.supports(qkv, num_heads):
+        return _on_each_device(qkv_xla.attention, qkv, num_heads, qk_norm, eps)
     if qk_norm is not None:
         parts[:2] = (_rms_norm(x, w, eps) for x, w in zip(parts[:2], qk_norm, strict=True))
-    shape = (*qkv.shape[:2], num_heads, parts[0].shape[-1] // num_heads)
-    heads = spec("batch", None, None, None)
-    parts = [jnp.reshape(part, shape, out_sharding=heads) for part in parts]
-    mixed = attention(*parts, mask=mask, implementation=implementation)
+    mixed = attention(*_heads(parts, num_heads), mask=mask, implementation=chosen)
     shape = (*qkv.shape[:2], qkv.shape[2] // 3)
     return jnp.reshape(mixed, shape, out_sharding=spec("batch", None, None))
+
+
+def _heads(parts, num_heads):
+    """Each [B, T, H·D] → [B, T, H, D]."""
+    shape = (*parts[0].shape[:2], num_heads, parts[0].shape[2] // num_heads)
+    heads = spec("batch", None, None, None)
+    return [jnp.reshape(part, shape, out_sharding=heads) for part in parts]
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -1,5 +1,7 @@
 """Fused attention computes what its parts do: norm, heads, attention, and all gradients."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,8 +105,32 @@ def test_lengths_of_the_model(length, dtype, normalised):
     check("pallas_tpu", length, dtype, normalised)
 
 
+@pytest.fixture
+def by_heads(monkeypatch):
+    """XLA's path of a TPU, on this machine."""
+    module = importlib.import_module("internvl_jax.kernels.attention_qkv")
+    monkeypatch.setattr(module, "platform", lambda: "tpu")
+
+
+@pytest.mark.usefixtures("by_heads")
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize(("length", "dtype"), [(1, "float32"), (99, "float32"), (129, "bfloat16")])
+def test_one_head_at_a_time(length, dtype, normalised):
+    check("xla", length, dtype, normalised)
+
+
+@pytest.mark.usefixtures("by_heads")
+def test_norm_of_a_head_rounds_as_the_layer_does():
+    with jax.disable_jit():  # compiled, a CPU rounds less often in either
+        check_rounding("xla")
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_norm_rounds_as_the_layer_does(implementation):
+    check_rounding(implementation)
+
+
+def check_rounding(implementation):
     qkv, query_weight, key_weight, _ = draw(2)
     qkv = jnp.asarray(qkv, jnp.bfloat16)
     norm = RMSNorm(WIDTH, EPS)
@@ -123,13 +149,22 @@ def test_norm_rounds_as_the_layer_does(implementation):
 
 
 def test_devices_of_a_mesh_share_the_batch():
+    check_mesh("pallas_tpu")
+
+
+@pytest.mark.usefixtures("by_heads")
+def test_devices_of_a_mesh_share_the_batch_of_each_head():
+    check_mesh("xla")
+
+
+def check_mesh(implementation):
     qkv, query, key, gradient = draw(7, batch=8)
-    alone = computed("pallas_tpu", "float32", True, qkv, query, key, gradient)
+    alone = computed(implementation, "float32", True, qkv, query, key, gradient)
     with jax.set_mesh(make_mesh(replica=2, fsdp=2, tensor=2)):
         rows = spec("batch", None, None)
         qkv, gradient = (jax.device_put(jnp.asarray(x, jnp.float32), rows)
                          for x in (qkv, gradient))  # fmt: skip
-        found = computed("pallas_tpu", "float32", True, qkv, query, key, gradient)
+        found = computed(implementation, "float32", True, qkv, query, key, gradient)
     for got, expected in zip(found, alone, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -156,19 +191,32 @@ def blocked(x):
 def test_a_policy_that_keeps_attention_does_not_run_it_again(policy, calls, attend):
     body = remat(lambda x: jnp.sum(jnp.sin(attend(jnp.sin(x)))), policy)
     jaxpr = jax.make_jaxpr(jax.grad(body))(jnp.ones((1, 8, 3 * WIDTH)))
-    assert kernels_needed(jaxpr.jaxpr) == calls
+    assert needed(jaxpr.jaxpr, "pallas_call") == calls
 
 
-def kernels_needed(jaxpr) -> int:
-    """Pallas calls of which some result is used."""
+@pytest.mark.usefixtures("by_heads")
+@pytest.mark.parametrize(
+    ("policy", "loops"), [("full", 3), ("attention", 2), ("dots", 2), ("none", 2)]
+)
+def test_a_policy_that_keeps_attention_does_not_go_through_the_heads_again(policy, loops):
+    def attend(x):
+        return kernels.attention_qkv(x, num_heads=HEADS, implementation="xla")
+
+    body = remat(lambda x: jnp.sum(jnp.sin(attend(jnp.sin(x)))), policy)
+    jaxpr = jax.make_jaxpr(jax.grad(body))(jnp.ones((1, 8, 3 * WIDTH)))
+    assert needed(jaxpr.jaxpr, "scan") == loops
+
+
+def needed(jaxpr, primitive: str) -> int:
+    """Calls of a primitive of which some result is used."""
     used = {v for e in jaxpr.eqns for v in e.invars if not isinstance(v, Literal)}
     used |= {v for v in jaxpr.outvars if not isinstance(v, Literal)}
     count = 0
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
+        if equation.primitive.name == primitive:
             count += any(v in used for v in equation.outvars)
         else:
-            count += sum(kernels_needed(inner) for inner in jaxprs_in_params(equation.params))
+            count += sum(needed(inner, primitive) for inner in jaxprs_in_params(equation.params))
     return count
 
 
@@ -187,6 +235,22 @@ def test_the_compiler_takes_it_for_every_tpu(name):
         traced = jax.jit(jax.value_and_grad(loss)).trace(x)
         text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 2
+
+
+@pytest.mark.slow
+def test_the_compiler_keeps_the_scores_of_one_head():
+    with topology.opened("v5e:2x2") as devices, jax.set_mesh(make_mesh(fsdp=4, devices=devices)):
+
+        def loss(x):
+            mixed = kernels.attention_qkv(x, num_heads=HEADS, implementation="xla")
+            return jnp.sum(mixed.astype(jnp.float32))
+
+        place = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec("batch", None, None))
+        x = jax.ShapeDtypeStruct((8, 257, 3 * WIDTH), jnp.bfloat16, sharding=place)
+        traced = jax.jit(jax.value_and_grad(loss)).trace(x)
+        text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    assert "f32[2,257,257]" in text
+    assert "[2,2,257,257]" not in text
 
 
 @pytest.mark.parametrize(
