@@ -15,6 +15,7 @@ from internvl_jax.plan import hlo
 from internvl_jax.plan.chips import Chip
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+_BEGINNING = "async-collective-start"  # names of the fusions that begin a chain
 LATENCY = 1e-6  # seconds per collective: an order of magnitude, for the many small ones
 
 
@@ -100,9 +101,19 @@ class _Reader:
         self.coordinates, self.shape = coordinates, shape
 
     @functools.cache  # noqa: B019 - lives as long as one reading
-    def run(self, computation: str | None) -> Schedule:
+    def run(self, computation: str | None, around: frozenset = frozenset()) -> Schedule:
+        """around: chains of the computations that call this one."""
         body = self.program.computations.get(computation or self.program.entry, [])
-        transfers = {i: found for i, line in enumerate(body) if (found := self._transfer(line))}
+        chains = [self._chain(line) for line in body]
+        begun = {c for c, i in zip(chains, body, strict=True) if i.name.startswith(_BEGINNING)}
+        # While a loop turns, steps of a collective begun before it may run in its fusions.
+        passing = around - begun
+        transfers = {
+            i: found
+            for i, line in enumerate(body)
+            if chains[i] not in passing and (found := self._transfer(line))
+        }
+        around |= {chain for chain in chains if chain}
         starts, ends = self._windows(body, transfers)
         now = links_free = compute = 0.0
         finish: dict[int, float] = {}
@@ -112,7 +123,7 @@ class _Reader:
             if index in starts:
                 finish[index] = max(now, links_free) + transfers[index].seconds
                 links_free = finish[index]
-            inner, trips = self._inner(line)
+            inner, trips = self._inner(line, around)
             if inner is not None:
                 now += trips * inner.seconds
                 compute += trips * inner.compute_seconds
@@ -132,16 +143,16 @@ class _Reader:
                 done.append(Collective(sent.kind, sent.bytes, sent.seconds, exposed, sent.where))
         return Schedule(now, compute, tuple(done), kernels)
 
-    def _inner(self, line: hlo.Instruction) -> tuple[Schedule | None, int]:
+    def _inner(self, line: hlo.Instruction, around: frozenset) -> tuple[Schedule | None, int]:
         if line.opcode == "while":
-            return self.run(line.attribute("body")), self.program.trips(line)
+            return self.run(line.attribute("body"), around), self.program.trips(line)
         if line.opcode == "call":
-            return self.run(line.attribute("to_apply")), 1
+            return self.run(line.attribute("to_apply"), around), 1
         if line.opcode == "conditional":
             names = [line.attribute("true_computation"), line.attribute("false_computation")]
             listed = line.attributes.partition("branch_computations={")[2].partition("}")[0]
             names += [word.strip().lstrip("%") for word in listed.split(",")]
-            return max((self.run(n) for n in names if n), key=lambda s: s.seconds), 1
+            return max((self.run(n, around) for n in names if n), key=lambda s: s.seconds), 1
         return None, 1
 
     def _windows(self, body, transfers) -> tuple[set[int], dict[int, list[int]]]:
@@ -181,6 +192,11 @@ class _Reader:
             return None
         chain = re.search(r'chain_id="(\d+)"', found.attributes)
         return found.attribute("channel_id"), chain.group(1) if chain else None
+
+    def _chain(self, line: hlo.Instruction) -> tuple[str | None, ...] | None:
+        """Channel and chain of a fusion that holds a step of an asynchronous collective."""
+        found = self._channel(line) if line.opcode == "fusion" else None
+        return found if found and found[1] else None
 
     def _transfer(self, line: hlo.Instruction) -> _Transfer | None:
         found = self._collective_in(line)

@@ -119,6 +119,39 @@ ENTRY %main (a: bf16[64,128]) -> bf16[256,128] {
     assert [c.bytes for c in read.collectives] == [0.75 * 256 * 128 * 2] * 2
 
 
+def test_a_gather_that_passes_through_a_loop_is_one_transfer():
+    """Steps of one begun before the loop lie in its fusions; one begun within it runs each turn."""
+    part = """
+%f{n} (x: bf16[64,128]) -> bf16[256,128] {{
+  %x.{n} = bf16[64,128]{{1,0}} parameter(0)
+  ROOT %ag.{n} = bf16[256,128]{{1,0}} all-gather(%x.{n}), channel_id=1, \
+replica_groups={{{{0,1,2,3}}}}, frontend_attributes={{chain_id="{chain}"}}
+}}
+"""
+    main = """
+%body (a: bf16[64,128]) -> bf16[256,128] {
+  %b = bf16[64,128]{1,0} parameter(0)
+  %t = bf16[256,128]{1,0} fusion(%b), kind=kOutput, calls=%f2, \
+backend_config={"estimated_cycles":"1000000"}
+  %async-collective-start.1 = bf16[256,128]{1,0} fusion(%b), kind=kCustom, calls=%f3
+  ROOT %e = bf16[256,128]{1,0} fusion(%b), kind=kCustom, calls=%f4
+}
+
+ENTRY %main (a: bf16[64,128]) -> bf16[256,128] {
+  %a = bf16[64,128]{1,0} parameter(0)
+  %async-collective-start = bf16[256,128]{1,0} fusion(%a), kind=kCustom, calls=%f1
+  %w = bf16[256,128]{1,0} while(%a), condition=%c, body=%body, \
+backend_config={"known_trip_count":{"n":"9"}}
+  ROOT %d = bf16[256,128]{1,0} fusion(%w), kind=kCustom, calls=%f5
+}
+"""
+    chains = {1: 8, 2: 8, 3: 9, 4: 9, 5: 8}
+    text = "HloModule m\n" + "".join(part.format(n=n, chain=c) for n, c in chains.items()) + main
+    read = schedule.read(text, V5E, ROW, (4, 1))
+    assert sorted(c.count for c in read.collectives) == [1, 9]
+    assert [c.exposed_seconds for c in read.collectives if c.count == 1] == [0]
+
+
 def test_a_reduce_scatter_written_as_all_reduce_and_slice():
     text = """HloModule m
 
