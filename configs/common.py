@@ -32,7 +32,7 @@ def experiment() -> ConfigDict:
                 # What a layer keeps for its backward pass, from the least memory to the least
                 # recomputation: "full", "attention", "projections", "dots", "none".
                 remat="full",
-                unroll=1,  # layers per step of the scan; more compiles longer, runs faster
+                unroll=1,  # layers per step of the scan; a CPU likes them all
             ),
             init_from=(),  # dict(path=…, rename=((regex, replacement), …)), in order of precedence
             trainable=".*",  # regex over parameter paths; the rest is frozen
