@@ -1,6 +1,6 @@
 """Attention behind one function, with masks as small values."""
 
-from internvl_jax.kernels.attention import attention
+from internvl_jax.kernels.attention import attention, plain
 from internvl_jax.kernels.attention_qkv import attention_qkv
 from internvl_jax.kernels.masks import (
     ITC,
@@ -32,4 +32,5 @@ __all__ = [
     "Separate",
     "attention",
     "attention_qkv",
+    "plain",
 ]

@@ -1,8 +1,10 @@
 """The one attention function of the project, and the choice of what runs it."""
 
+import contextlib
+import contextvars
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -88,8 +90,29 @@ def attention(
     return mixed if chosen == "pallas_tpu" else checkpoint_name(mixed, "attention")
 
 
+_PLAIN = contextvars.ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Attention that is traced within, if it names no implementation, consists of the products of
+    its formula, whatever would run it here: so that they can be counted."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def is_plain() -> bool:
+    """Whether this is within `plain`."""
+    return _PLAIN.get()
+
+
 def choose(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> str:
     """The first implementation of this platform whose guard accepts; says so once."""
+    if is_plain():
+        return "xla"
     here, reasons = platform(), []
     for name, entry in IMPLEMENTATIONS.items():
         if entry.platforms and here not in entry.platforms:

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from internvl_jax.kernels import qkv_tpu, qkv_xla
-from internvl_jax.kernels.attention import attention, choose
+from internvl_jax.kernels.attention import attention, choose, is_plain
 from internvl_jax.kernels.masks import Full, Mask
 from internvl_jax.sharding import platform, spec
 
@@ -55,7 +55,7 @@ def attention_qkv(
         raise ValueError(
             f"{qkv.shape[-1]} columns are not queries, keys and values of {num_heads} heads"
         )
-    if implementation in (None, "pallas_tpu"):
+    if implementation == "pallas_tpu" or (implementation is None and not is_plain()):
         reason = _refusal(qkv, num_heads, mask)
         if implementation == "pallas_tpu" and reason is not None:
             raise ValueError(f"attention implementation 'pallas_tpu' cannot run: {reason}")
@@ -133,7 +133,8 @@ def _composed(qkv, num_heads, qk_norm, eps, mask, implementation):
     parts = list(jnp.split(qkv, 3, axis=-1))
     chosen = implementation or choose(*_heads(parts, num_heads), mask)
     whole = isinstance(mask, Full) and _spread(qkv) is None  # rows, which see all of themselves
-    if chosen == "xla" and platform() == "tpu" and whole and qkv_xla.supports(qkv, num_heads):
+    loops = platform() == "tpu" and not is_plain()
+    if chosen == "xla" and loops and whole and qkv_xla.supports(qkv, num_heads):
         return _on_each_device(qkv_xla.attention, qkv, num_heads, qk_norm, eps)
     if qk_norm is not None:
         parts[:2] = (_rms_norm(x, w, eps) for x, w in zip(parts[:2], qk_norm, strict=True))

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from internvl_jax import objectives
+from internvl_jax import kernels, objectives
 from internvl_jax.models import config as models
 from internvl_jax.models import init
 from internvl_jax.train.gradients import value_and_grad
@@ -26,14 +26,16 @@ def of_step(config: Any, state: Any, batch: Any) -> float:
     """Model FLOPs of one train step of an experiment, over all devices.
 
     state, batch: arrays or shapes with shardings. What is computed twice to save memory counts
-    once: without rematerialisation, in one pass, with the plain losses.
+    once: without rematerialisation, in one pass, with the plain losses and plain attention, which
+    counts in full even where a mask leaves half of it out.
     """
     bind = functools.partial(init.bind, models.from_dict({**config.model, "remat": "none"}))
     options = {n: v for n, v in config.objective_options.items() if n not in _SAVINGS}
     objective = objectives.OBJECTIVES[config.objective](**options)
     keys = jax.eval_shape(functools.partial(example_keys, config.seed, 0), batch)
     one_pass = functools.partial(value_and_grad, objective, bind)
-    return count(one_pass, state.trainable, state.frozen, batch, keys)
+    with kernels.plain():
+        return count(one_pass, state.trainable, state.frozen, batch, keys)
 
 
 def parts_of_step(config: Any, state: Any, batch: Any) -> tuple[float, float]:

@@ -1,11 +1,13 @@
 """Counted FLOPs against those worked out by hand."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from internvl_jax import kernels
 from internvl_jax.train import flops
 
 X, W = jax.ShapeDtypeStruct((8, 16), "float32"), jax.ShapeDtypeStruct((16, 32), "float32")
@@ -69,3 +71,25 @@ def test_a_sharded_map_counts_all_devices(tensor):
     )
     x = jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
     assert flops.count(product, x, W) == pytest.approx(PRODUCT)
+
+
+@pytest.mark.parametrize("where", ["cpu", "tpu"])
+def test_attention_counts_as_its_formula_whatever_runs_it(monkeypatch, where):
+    for name in ("attention", "attention_qkv"):
+        module = importlib.import_module(f"internvl_jax.kernels.{name}")
+        monkeypatch.setattr(module, "platform", lambda: where)
+    batch, tokens, heads, dim = 2, 104, 2, 128
+    x = jax.ShapeDtypeStruct((batch, tokens, heads, dim), "bfloat16")
+    qkv = jax.ShapeDtypeStruct((batch, tokens, 3 * heads * dim), "bfloat16")
+
+    def separate(q, k, v):
+        return jnp.sum(kernels.attention(q, k, v, mask=kernels.Causal()))
+
+    def fused(qkv):
+        return jnp.sum(kernels.attention_qkv(qkv, num_heads=heads))
+
+    products = 2 * 2 * batch * heads * tokens * tokens * dim
+    for loss, arguments in ((separate, (x, x, x)), (fused, (qkv,))):
+        gradient = jax.grad(loss, argnums=tuple(range(len(arguments))))
+        with kernels.plain():
+            assert flops.count(gradient, *arguments) == 3 * products
