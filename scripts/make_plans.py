@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict[str, dict[str, int | str]]] = {
     # A 64th of a matrix of InternViT has an even number of rows, which the TPU's tiles take.
     "v5e:16x16": {
         "stage1": {"chunks": 5, "mesh.fsdp": 64},
-        "stage1_224": {"chunks": 10, "mesh.fsdp": 64, **_BOTH},
+        "stage1_224": {"chunks": 16, "mesh.fsdp": 64},
         "stage2": {"chunks": 4, **_ATTENTION},
         "stage3": {"chunks": 1},
     },
