@@ -24,7 +24,6 @@ _ROWS = 8  # of a tile
 _SCATTERED = {64: (16, 4), 256: (16, 16)}
 _GATHERED = {64: (16, 4)}
 
-
 Axes = tuple[str | None, str | None]
 
 

@@ -96,14 +96,21 @@ backend_config={"estimated_cycles":"9000000"}
     assert read.seconds == pytest.approx(9e6 / 1.5e9)
 
 
-def test_gathers_of_one_channel_are_told_apart_by_their_chain():
-    part = """
+def steps_of_gathers(chains):
+    """Computations %f1, %f2, …, each a step of the gather of its chain, all of one channel."""
+    return "".join(
+        f"""
 %f{n} (x: bf16[64,128]) -> bf16[256,128] {{
   %x.{n} = bf16[64,128]{{1,0}} parameter(0)
   ROOT %ag.{n} = bf16[256,128]{{1,0}} all-gather(%x.{n}), channel_id=1, \
 replica_groups={{{{0,1,2,3}}}}, frontend_attributes={{chain_id="{chain}"}}
 }}
 """
+        for n, chain in chains.items()
+    )
+
+
+def test_gathers_of_one_channel_are_told_apart_by_their_chain():
     main = """
 ENTRY %main (a: bf16[64,128]) -> bf16[256,128] {
   %a = bf16[64,128]{1,0} parameter(0)
@@ -114,20 +121,13 @@ ENTRY %main (a: bf16[64,128]) -> bf16[256,128] {
 }
 """
     chains = {1: 8, 2: 9, 3: 8, 4: 9}
-    text = "HloModule m\n" + "".join(part.format(n=n, chain=c) for n, c in chains.items()) + main
+    text = "HloModule m\n" + steps_of_gathers(chains) + main
     read = schedule.read(text, V5E, ROW, (4, 1))
     assert [c.bytes for c in read.collectives] == [0.75 * 256 * 128 * 2] * 2
 
 
 def test_a_gather_that_passes_through_a_loop_is_one_transfer():
     """Steps of one begun before the loop lie in its fusions; one begun within it runs each turn."""
-    part = """
-%f{n} (x: bf16[64,128]) -> bf16[256,128] {{
-  %x.{n} = bf16[64,128]{{1,0}} parameter(0)
-  ROOT %ag.{n} = bf16[256,128]{{1,0}} all-gather(%x.{n}), channel_id=1, \
-replica_groups={{{{0,1,2,3}}}}, frontend_attributes={{chain_id="{chain}"}}
-}}
-"""
     main = """
 %body (a: bf16[64,128]) -> bf16[256,128] {
   %b = bf16[64,128]{1,0} parameter(0)
@@ -146,7 +146,7 @@ backend_config={"known_trip_count":{"n":"9"}}
 }
 """
     chains = {1: 8, 2: 8, 3: 9, 4: 9, 5: 8}
-    text = "HloModule m\n" + "".join(part.format(n=n, chain=c) for n, c in chains.items()) + main
+    text = "HloModule m\n" + steps_of_gathers(chains) + main
     read = schedule.read(text, V5E, ROW, (4, 1))
     assert sorted(c.count for c in read.collectives) == [1, 9]
     assert [c.exposed_seconds for c in read.collectives if c.count == 1] == [0]
