@@ -13,6 +13,7 @@ import numpy as np
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*->.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$", re.DOTALL)
+_END = re.compile(r"^\}(, execution_thread=\S+)?\s*$")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::((?:[^{}])*))?\})?")
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
@@ -87,7 +88,7 @@ def parse(text: str) -> Program:
             name = header.group(2)
             computations[name] = []
             entry = name if header.group(1) else entry
-        elif line.rstrip() == "}":
+        elif _END.match(line):
             finish()
             name = None
         elif name is not None and re.match(r"\s+(ROOT )?%[\w.\-]+ = ", line):

@@ -175,11 +175,13 @@ class _Reader:
         return set(starts.values()), ends
 
     def _collective_in(self, line: hlo.Instruction) -> hlo.Instruction | None:
-        """The collective that an instruction is, or that the fusion it calls holds."""
+        """The collective that an instruction is, or that the computation it calls holds: a fusion,
+        or what a SparseCore does while the core goes on."""
         if line.opcode.removesuffix("-start") in KINDS:
             return line
-        if line.opcode in ("fusion", "async-start"):
-            for inner in self.program.computations.get(line.attribute("calls"), ()):
+        if line.opcode in ("fusion", "async-start", "call-start"):
+            called = line.attribute("calls") or line.attribute("to_apply")
+            for inner in self.program.computations.get(called, ()):
                 if inner.opcode in KINDS:
                     return inner
         return None

@@ -152,6 +152,40 @@ backend_config={"known_trip_count":{"n":"9"}}
     assert [c.exposed_seconds for c in read.collectives if c.count == 1] == [0]
 
 
+def test_what_a_sparse_core_does_runs_beside_the_core():
+    text = """HloModule m
+
+%called (x: bf16[64,128], t: token[]) -> bf16[256,128] {
+  %t = token[] parameter(1)
+  %x = bf16[64,128]{1,0} parameter(0)
+  ROOT %ag = bf16[256,128]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}
+}, execution_thread="sparsecore"
+
+%mul (q: bf16[8,8]) -> bf16[8,8] {
+  %q = bf16[8,8]{1,0} parameter(0)
+  ROOT %m = bf16[8,8]{1,0} multiply(%q, %q)
+}
+
+ENTRY %main (a: bf16[64,128]) -> bf16[256,128] {
+  %a = bf16[64,128]{1,0} parameter(0)
+  %ready = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"
+  %s = ((bf16[64,128]{1,0}, token[]), bf16[256,128]{1,0}) call-start(%a, %ready), \
+async_execution_thread="sparsecore", to_apply=%called
+  %f = bf16[8,8]{1,0} fusion(%a), kind=kLoop, calls=%mul, \
+backend_config={"estimated_cycles":"1500"}
+  ROOT %d = bf16[256,128]{1,0} call-done(%s)
+}
+"""
+    read = schedule.read(text, V5E, ROW, (4, 1))
+    (gather,) = read.collectives
+    sent = 0.75 * 256 * 128 * 2
+    assert (gather.kind, gather.bytes) == ("all-gather", sent)
+    assert gather.seconds == pytest.approx(sent / 50e9 + schedule.LATENCY)
+    assert gather.exposed_seconds == pytest.approx(gather.seconds - 1500 / 1.5e9)
+    assert read.seconds == pytest.approx(gather.seconds)
+    assert [i.name for i in hlo.parse(text).computations["called"]] == ["t", "x", "ag"]
+
+
 def test_a_reduce_scatter_written_as_all_reduce_and_slice():
     text = """HloModule m
 
