@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import jax
 from jax.experimental import mesh_utils
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -97,32 +96,6 @@ def platform() -> str:
     or of JAX's default backend outside any mesh."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return jax.default_backend() if device is None else device.platform
-
-
-# Without them a v5p or v6e waits for every gather of a weight; on v5e they are the defaults.
-_ASYNCHRONOUS: dict[str, bool | int] = {
-    "xla_enable_async_all_gather": True,
-    "xla_tpu_enable_async_collective_fusion": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-    "xla_tpu_overlap_compute_collective_tc": True,
-}
-
-
-# Bytes of a core's vector memory that one fusion may use: at most half of it. With the compiler's
-# own 16 MiB, products have smaller tiles, which read their factors more often. With more than this
-# it finds nothing faster on a v5e, and searches for minutes.
-FUSION, COMPILERS_FUSION = 48 * 2**20, 16 * 2**20
-
-
-def compiler_options() -> dict[str, bool | int] | None:
-    """For `jax.jit` of a train step: large products, and weights gathered while others are used."""
-    if platform() != "tpu":
-        return None
-    fusion = min(FUSION, pltpu.get_tpu_info().vmem_capacity_bytes // 2)
-    if fusion <= COMPILERS_FUSION:
-        return _ASYNCHRONOUS
-    return _ASYNCHRONOUS | {"xla_tpu_scoped_vmem_limit_kib": fusion // 1024}
 
 
 def spec(*logical: str | None) -> P | None:

@@ -1,6 +1,5 @@
 """What of the mesh depends on the chips, on devices that only the TPU compiler knows."""
 
-import jax
 import pytest
 
 from internvl_jax import sharding
@@ -22,20 +21,3 @@ def test_slices_hold_whole_replicas():
         sharding.make_mesh(replica=1, fsdp=8, devices=devices)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("slice_", "kib"),
-    [("v5e:2x2", 48 * 1024), ("v5p:2x2x1", 32 * 1024), ("v6e:2x2", 48 * 1024), ("v4:2x2x1", None)],
-)
-def test_a_fusion_may_use_a_share_of_the_vector_memory(slice_, kib):
-    """Half of a v4's would be less than the compiler grants by itself."""
-    with topology.opened(slice_) as devices:
-        mesh = sharding.make_mesh(fsdp=-1, devices=devices)
-        with jax.set_mesh(mesh):
-            options = sharding.compiler_options()
-    assert options["xla_enable_async_all_gather"]
-    assert options.get("xla_tpu_scoped_vmem_limit_kib") == kib
-
-
-def test_a_cpu_has_no_compiler_options():
-    assert sharding.compiler_options() is None

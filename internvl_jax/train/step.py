@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from internvl_jax import compiler
 from internvl_jax.objectives import Objective
-from internvl_jax.sharding import compiler_options, spec
+from internvl_jax.sharding import spec
 from internvl_jax.train.gradients import Bind, value_and_grad
 from internvl_jax.train.state import TrainState
 
@@ -46,7 +47,7 @@ def make_train_step(
     exactly as they were; the step counts all the same, so the data moves on.
     """
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler.options())
     def step(state: TrainState, batch: dict):
         keys = example_keys(seed, state.step, batch)
         (loss, metrics), gradients = value_and_grad(
