@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from internvl_jax import configuration
@@ -21,6 +23,12 @@ def test_a_candidate_is_a_config_and_the_flags_that_give_it():
     assert own.to_dict() == configuration.load("stage1_contrastive", flags).to_dict()
     assert (own.mesh.replica, own.chunks, own.model.remat) == (2, 5, "dots")
     assert config.chunks == 10  # untouched
+
+
+def test_a_candidate_that_ran_out_of_memory_has_no_time():
+    refused = dataclasses.replace(CANDIDATE, seconds=0.0, fits=False)
+    assert str(CANDIDATE).split()[:2] == ["1.00", "s"]
+    assert str(refused).split()[:3] == ["—", "1.00", "GiB,"]
 
 
 @pytest.mark.slow
