@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, dict[str, int | str]]] = {
     "v6e:16x16": {
         "stage1": {"chunks": 4, "mesh.fsdp": 64, **_BOTH},
         "stage2": {"chunks": 1},
-        "stage3": {"chunks": 1, **_PROJECTIONS},
+        "stage3": {"chunks": 1, **_DOTS},
     },
     "v5p:4x4x4": {
         "stage1": {"chunks": 10, "mesh.fsdp": 32, **_DOTS},
