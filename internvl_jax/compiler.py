@@ -18,8 +18,9 @@ _ASYNCHRONOUS: dict[str, bool | int] = {
 }
 
 # Collectives that SparseCores do, where a chip has them: a core alone waits for every scatter of a
-# gradient, and for the first gather of a layer.
-SPARSE_CORE = ("all_gather", "reduce_scatter", "all_reduce")
+# gradient, and for the first gather of a layer. Not "all_reduce": on some meshes the compiler aborts
+# (libtpu 0.0.42, replicas of v5p:8x8x8), and only what is scattered already is added that way.
+SPARSE_CORE = ("all_gather", "reduce_scatter")
 
 # MiB of a core's vector memory that one fusion may use. With the compiler's own 16, products have
 # smaller tiles, which read their factors more often. These are where a layer of InternViT stops
