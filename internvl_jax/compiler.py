@@ -1,7 +1,7 @@
 """What the TPU compiler is asked for, beyond its defaults.
 
-Every entry is one that public training runs on such chips set too; what each brings here is the
-compiler's estimate (docs/scale.md).
+What each entry brings is the compiler's estimate (docs/scale.md). Public training runs on v6e set the
+same.
 """
 
 from jax.experimental.pallas import tpu as pltpu
