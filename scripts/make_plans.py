@@ -47,7 +47,7 @@ SETTINGS: dict[str, dict[str, dict[str, int | str]]] = {
     },
     "v6e:16x16": {
         "stage1": {"chunks": 4, "mesh.fsdp": 64, **_BOTH},
-        "stage2": {"chunks": 1},
+        "stage2": {"chunks": 1, "mesh.fsdp": 64},
         "stage3": {"chunks": 1, **_DOTS},
     },
     "v5p:4x4x4": {
