@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "internvl_jax"
 ALLOWED = {
     "rules": set(),
     "sharding": set(),
+    "compiler": {"sharding"},
     "kernels": {"sharding"},
     "models": {"kernels", "rules", "sharding"},
     "ring": {"sharding"},
@@ -35,6 +36,7 @@ ALLOWED = {
     },
     "convert": {"models", "rules", "sharding"},
     "train": {
+        "compiler",
         "data",
         "evals",
         "kernels",
@@ -44,7 +46,7 @@ ALLOWED = {
         "rules",
         "sharding",
     },
-    "plan": {"data", "kernels", "models", "objectives", "rules", "sharding", "train"},
+    "plan": {"compiler", "data", "kernels", "models", "objectives", "rules", "sharding", "train"},
     "serving": {"decoding", "generate", "models", "sharding"},
     "slots": {"models", "serving"},
     "quantising": {"models", "rules"},
