@@ -1,7 +1,7 @@
 """What the TPU compiler is asked for, beyond its defaults.
 
-What each entry brings is the compiler's estimate (docs/scale.md). Public training runs on v6e set the
-same.
+What each entry brings is the compiler's estimate (docs/scale.md). Public training runs on v6e set
+the same.
 """
 
 from jax.experimental.pallas import tpu as pltpu
@@ -18,8 +18,8 @@ _ASYNCHRONOUS: dict[str, bool | int] = {
 }
 
 # Collectives that SparseCores do, where a chip has them: a core alone waits for every scatter of a
-# gradient, and for the first gather of a layer. Not "all_reduce": on some meshes the compiler aborts
-# (libtpu 0.0.42, replicas of v5p:8x8x8), and only what is scattered already is added that way.
+# gradient, and for the first gather of a layer. Not "all_reduce": on some meshes the compiler
+# aborts (libtpu 0.0.42, replicas of v5p:8x8x8), and only what is scattered already is added so.
 SPARSE_CORE = ("all_gather", "reduce_scatter")
 
 # MiB of a core's vector memory that one fusion may use. With the compiler's own 16, products have

@@ -46,7 +46,7 @@ class Candidate:
         return " ".join(f"--config.{key}={value}" for key, value in self.overrides.items())
 
     def __str__(self) -> str:
-        seconds = f"{self.seconds:8.2f} s" if self.seconds else f"{'—':>10}"  # not compiled to the end
+        seconds = f"{self.seconds:8.2f} s" if self.seconds else f"{'—':>10}"  # did not compile
         room = "" if self.fits else ", does not fit"
         return f"{seconds} {self.memory / plan.GIB:7.2f} GiB{room}  {self.flags}"
 
