@@ -58,9 +58,7 @@ def test_sparse_cores_scatter_gradients_while_the_core_computes():
 
 
 def bfloat16(shape, spec, mesh):
-    return jax.ShapeDtypeStruct(
-        shape, "bfloat16", sharding=jax.sharding.NamedSharding(mesh, spec)
-    )
+    return jax.ShapeDtypeStruct(shape, "bfloat16", sharding=jax.sharding.NamedSharding(mesh, spec))
 
 
 def gradient_of(function, options, *arguments):
