@@ -1,7 +1,6 @@
 """What the TPU compiler is asked for, beyond its defaults.
 
-What each entry brings is the compiler's estimate (docs/scale.md). Public training runs on v6e set
-the same.
+What each entry brings is the compiler's estimate (docs/scale.md).
 """
 
 from jax.experimental.pallas import tpu as pltpu
@@ -22,10 +21,11 @@ _ASYNCHRONOUS: dict[str, bool | int] = {
 # aborts (libtpu 0.0.42, replicas of v5p:8x8x8), and only what is scattered already is added so.
 SPARSE_CORE = ("all_gather", "reduce_scatter")
 
-# MiB of a core's vector memory that one fusion may use. With the compiler's own 16, products have
-# smaller tiles, which read their factors more often. These are where a layer of InternViT stops
-# gaining; with more the compiler only searches longer.
-FUSIONS = {"v5e": 48, "v5p": 32, "v6e": 96, "7x": 48}
+# MiB of a core's vector memory that one fusion may use, by JAX's name of the chip. With the
+# compiler's own 16, products have smaller tiles, which read their factors more often. With more
+# than these a layer of InternViT gains nothing (v5e, v5p) or next to nothing (v6e); a TPU7x has no
+# more. Public training runs set the same on v6e and TPU7x.
+FUSIONS = {"v5e": 48, "v5p": 32, "v6e": 96, "7x": 64}
 
 
 def options(large_fusions: bool = True) -> dict[str, bool | int] | None:

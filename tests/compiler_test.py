@@ -13,7 +13,7 @@ from internvl_jax.plan import chips, schedule, topology
 @pytest.mark.parametrize(
     ("slice_", "sparse_cores", "fusion"),
     [("v4:2x2x1", False, None), ("v5e:2x2", False, 48), ("v5p:2x2x1", True, 32),
-     ("v6e:2x2", True, 96), ("tpu7x:2x2x1", True, 48)],
+     ("v6e:2x2", True, 96), ("tpu7x:2x2x1", True, 64)],
 )  # fmt: skip
 def test_the_options_of_each_chip(slice_, sparse_cores, fusion):
     with topology.opened(slice_) as devices:
